@@ -1,0 +1,1 @@
+"""Claims, rules, verdicts and the ledger of recorded evidence."""

@@ -1,0 +1,64 @@
+"""Parameters, floating-point operations, latency and peak memory of a module or function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameters(model: nn.Module, *, without: tuple[str, ...] = ()) -> int:
+    """Number of parameters, shared ones counted once.
+
+    Args:
+        model: may be on the meta device.
+        without: prefixes of parameter names to leave out, such as `("embedding", "head")`.
+    """
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(without))
+
+
+def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call.
+
+    Counted by torch's `FlopCounterMode`, two for each multiply-add; element-wise work does not
+    count. Inputs and weights may be on the meta device. Papers that print "FLOPs" usually mean
+    multiply-adds: halve this number.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def latency(function: Callable[[], Any], *, device: str = "cpu", min_seconds: float = 0.2) -> float:
+    """Median time of a call in milliseconds, after a warm-up.
+
+    On a GPU by Triton's `do_bench` (device events, cache flushed); elsewhere by
+    `torch.utils.benchmark`, with the threads that torch is set to use.
+    """
+    if device.startswith("cuda"):
+        from triton.testing import do_bench
+
+        return float(do_bench(function, rep=round(1000 * min_seconds), return_mode="median"))
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    function()
+    return timer.blocked_autorange(min_run_time=min_seconds).median * 1000
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes of GPU memory that a call adds at its peak to what was allocated before.
+
+    Raises:
+        RuntimeError: there is no CUDA device; host memory has no such counter.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("peak_memory needs a CUDA device")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,402 @@
+"""What a chapter's notebook calls: `start` checks the parameters and gives a `Run`.
+
+A `Run` hands out settings, seeds and progress bars, collects observations, and at the end turns
+them into verdicts by the rules in the chapter's `.yml`.
+"""
+
+import ast
+import html
+import inspect
+import os
+import random
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gatebook.errors import unknown
+
+PARAMETERS: dict[str, type] = {
+    "scale": str,
+    "seed": int,
+    "device": str,
+    "max_steps": int,
+    "data_dir": str,
+    "record": bool,
+}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class Run:
+    """One execution of a chapter. Made by `start`."""
+
+    def __init__(self, root: Path, chapter: Any, parameters: dict[str, Any]) -> None:
+        self.root, self.chapter, self.parameters = root, chapter, parameters
+        self.scale: str = parameters["scale"]
+        self.seed: int = parameters["seed"]
+        self.max_steps: int = parameters["max_steps"]
+        self.data_dir: str = parameters["data_dir"]
+        self.record: bool = parameters["record"]
+        self.plan = chapter.scales[self.scale]
+        self.settings = types.SimpleNamespace(**self.plan.settings)
+        self.seeds = [self.plan.seeds * self.seed + i for i in range(self.plan.seeds)]
+        self.device = _pick_device(parameters["device"])
+        self.observations: dict[str, dict[str, dict[str, float]]] = {}
+        _seed_everything(self.seed)
+
+    def steps(self, planned: int) -> int:
+        """`planned`, or the parameter `max_steps` when that is set and smaller."""
+        return min(planned, self.max_steps) if self.max_steps else planned
+
+    def progress(self, items: Iterable[Any], what: str = "") -> Iterator[Any]:
+        """Iterate with a progress bar that disappears when it is done.
+
+        In a notebook the bar is one display that is rewritten; elsewhere it is tqdm's on stderr.
+        """
+        if not _in_notebook():
+            from tqdm import tqdm
+
+            yield from tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
+            return
+        yield from _notebook_bar(items, what)
+
+    def observe(self, metric: str, arm: str, value: float, seed: int | str | None = None) -> None:
+        """Record a number for the tests of this chapter.
+
+        Args:
+            metric: a metric that some test in the `.yml` uses.
+            arm: one of that metric's compared arms.
+            value: the number, in the test's unit.
+            seed: training seed; omit it for a number that has none (a count, an identity).
+
+        Raises:
+            ValueError: no test of this chapter uses this metric and arm.
+        """
+        arms = {test.metric: set() for test in self.chapter.tests()}
+        for test in self.chapter.tests():
+            arms[test.metric].update(test.arms)
+        if metric not in arms:
+            raise ValueError(unknown(f"metric of {self.chapter.slug}.yml", metric, arms))
+        if arm not in arms[metric]:
+            raise ValueError(unknown(f"arm of {metric} in the .yml", arm, arms[metric]))
+        self.observations.setdefault(metric, {}).setdefault(arm, {})[
+            "-" if seed is None else str(seed)
+        ] = float(value)
+
+    def outcomes(self) -> dict[str, list[Any]]:
+        """Claim id → outcomes of its tests at this scale, by the declared rules."""
+        from gatebook.evidence import verdicts
+
+        return {
+            claim.id: verdicts.claim_outcomes(claim, self.scale, self.observations)
+            for claim in self.chapter.claims
+        }
+
+    def claims(self) -> None:
+        """Show the table of claims; with `record`, write the evidence to `results/`.
+
+        Other scales are shown as recorded. Call it once, after the last observation.
+        """
+        from gatebook.evidence import ledger
+
+        if self.record:
+            path = ledger.write(self.root, self._evidence())
+            print(f"recorded in {path.relative_to(self.root).as_posix()}")
+        _display_html(_claims_table(self))
+
+    def verdicts(self) -> None:
+        """Print one line a claim: the verdict at this scale, and at the recorded others."""
+        from gatebook.evidence import verdicts
+
+        for claim_id, found in self.outcomes().items():
+            print(f"{claim_id}: {verdicts.combine(found)} at {self.scale}")
+
+    def _evidence(self) -> dict[str, Any]:
+        from gatebook.evidence import ledger, provenance, verdicts
+
+        found = self.outcomes()
+        slug = self.chapter.slug
+        return {
+            "chapter": slug,
+            "scale": self.scale,
+            "seed": self.seed,
+            "claims": {claim: verdicts.combine(items) for claim, items in found.items()},
+            "tests": {
+                item.test.id: ledger.test_record(item.test, item)
+                for items in found.values()
+                for item in items
+            },
+            "observations": self.observations,
+            "settings": self.plan.settings,
+            "command": self._command(),
+            "commit": provenance.git_commit(self.root),
+            "hash": provenance.chapter_hash(self.root, slug),
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(self.device),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_seconds": round(provenance.seconds_since_start(), 1),
+            "peak_memory_mb": provenance.peak_memory_mb(self.device),
+        }
+
+    def _command(self) -> str:
+        """The command that repeats this run."""
+        defaults = {"scale": "small", "seed": 0, "device": "auto", "max_steps": 0}
+        words = [f"papermill chapters/{self.chapter.slug}.ipynb out.ipynb"]
+        for name, value in self.parameters.items():
+            if name == "data_dir" and value:
+                words.append("-p data_dir DATA")
+            elif name in defaults and value != defaults[name]:
+                words.append(f"-p {name} {value}")
+        return " ".join([*words, "-p record True"])
+
+
+def start(slug: str, variables: dict[str, Any], extra: dict[str, type] | None = None) -> Run:
+    """Begin a chapter: check the parameters, seed everything, say what will run.
+
+    Args:
+        slug: the chapter, as in `chapters/SLUG.yml`.
+        variables: the notebook's `globals()`.
+        extra: the chapter's own parameters and their types, at most three.
+
+    Raises:
+        ValueError: a parameter is unknown, missing, of a wrong type or not allowed. papermill
+            only warns about unknown names; here they stop the run before anything is computed.
+    """
+    from gatebook.evidence import ledger, provenance
+
+    allowed = PARAMETERS | (extra or {})
+    if len(allowed) > len(PARAMETERS) + 3:
+        raise ValueError("a chapter has at most three parameters of its own")
+    given = {name: _checked(name, kind, variables) for name, kind in allowed.items()}
+    for name in _assigned_before_start(variables):
+        if name not in allowed:
+            raise ValueError(unknown("parameter", name, allowed))
+    _check_values(given)
+    root = provenance.root()
+    run = Run(root, ledger.load_chapter(root, slug), given)
+    print(_banner(run))
+    if run.scale == "full":
+        print(price_tag(run.chapter))
+    return run
+
+
+def price_tag(chapter: Any, scale: str = "full", gpus: int | None = None) -> str:
+    """What a run costs: recipe, time, data, and where these figures come from."""
+    plan = chapter.scales[scale]
+    gpus = gpus or plan.gpus or 1
+    lines = [f"{chapter.slug} at scale {scale}: {plan.description}"]
+    lines += [f"  {name}: {value}" for name, value in plan.settings.items()]
+    if plan.minutes:
+        lines.append(f"  time: {plan.minutes:g} min on one {plan.device} device")
+    if plan.gpu_hours:
+        hours = plan.gpu_hours / gpus
+        lines.append(f"  time: {plan.gpu_hours:,.0f} GPU-hours, {hours:,.1f} h on {gpus} GPU(s)")
+    if plan.data_gb is not None:
+        lines.append(f"  data: {plan.dataset}, {plan.data_gb:,.1f} GB")
+    if plan.source:
+        lines.append(f"  source of these figures: {plan.source}")
+    return "\n".join(lines)
+
+
+def show_source(*objects: Callable[..., Any] | type) -> None:
+    """Show the code of functions and classes of the library, highlighted, without copying it."""
+    code = "\n\n".join(inspect.getsource(item).rstrip() for item in objects)
+    if not _in_notebook():
+        print(code)
+        return
+    from IPython.display import Code, display
+
+    display(Code(code, language="python"))
+
+
+def _checked(name: str, kind: type, variables: dict[str, Any]) -> Any:
+    if name not in variables:
+        raise ValueError(f"the parameters cell must set {name!r} ({kind.__name__})")
+    value = variables[name]
+    if type(value) is not kind:
+        raise ValueError(
+            f"parameter {name!r} must be of type {kind.__name__}, got {value!r} "
+            f"({type(value).__name__})"
+        )
+    return value
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    from gatebook.evidence.schema import SCALES
+
+    for name, allowed in (("scale", SCALES), ("device", DEVICES)):
+        if given[name] not in allowed:
+            raise ValueError(unknown(name, given[name], allowed))
+    for name in ("seed", "max_steps"):
+        if given[name] < 0:
+            raise ValueError(f"parameter {name!r} must be 0 or more, got {given[name]}")
+    if given["record"] and given["max_steps"]:
+        raise ValueError("record=True needs max_steps=0: a shortened run is not evidence")
+    if given["data_dir"] and not Path(given["data_dir"]).expanduser().is_dir():
+        raise ValueError(f"data_dir {given['data_dir']!r} is not a folder")
+
+
+def _assigned_before_start(variables: dict[str, Any]) -> list[str]:
+    """Names that the cells up to the first `start` assign, papermill's injected cell included."""
+    names: list[str] = []
+    for source in variables.get("In", []):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            continue
+        begins = any(
+            isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "start"
+            for node in ast.walk(tree)
+        )
+        if begins:
+            return names
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def _pick_device(name: str) -> str:
+    import torch
+
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[name]:
+        there = ", ".join(device for device, there in available.items() if there)
+        raise ValueError(f"device {name!r} is not available here; available: {there}")
+    return name
+
+
+def _seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _banner(run: Run) -> str:
+    plan = run.plan
+    minutes = f"{plan.minutes:g} min" if plan.minutes else "see the price below"
+    return (
+        f"{run.chapter.slug} · scale {run.scale} · seeds {run.seeds[0]}–{run.seeds[-1]}"
+        f" · planned for {plan.device}, {minutes}\n{plan.description}"
+    )
+
+
+def _in_notebook() -> bool:
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module else None
+    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
+
+
+def _notebook_bar(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """One HTML display that is rewritten at most five times a second and emptied at the end."""
+    from IPython.display import HTML, display
+    from tqdm import tqdm
+
+    handle = display(HTML(""), display_id=True)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        bar = tqdm(items, desc=what, file=nowhere, ascii=False, ncols=80)
+        shown = 0.0
+        try:
+            for item in bar:
+                yield item
+                if time.monotonic() - shown > 0.2:
+                    shown = time.monotonic()
+                    handle.update(HTML(f"<code>{html.escape(str(bar))}</code>"))
+        finally:
+            handle.update(HTML(""))
+
+
+def _display_html(text: str) -> None:
+    if not _in_notebook():
+        return
+    from IPython.display import HTML, display
+
+    display(HTML(text))
+
+
+def _claims_table(run: Run) -> str:
+    from gatebook.evidence import ledger, provenance, verdicts
+    from gatebook.evidence.schema import SCALES
+
+    others = {
+        scale: ledger.read(run.root, run.chapter.slug, scale)
+        for scale in SCALES
+        if scale != run.scale
+    }
+    now = provenance.hardware_line(provenance.hardware(run.device))
+    rows = []
+    for claim in run.chapter.claims:
+        for scale in SCALES:
+            evidence = others.get(scale)
+            found = (
+                verdicts.claim_outcomes(claim, scale, run.observations)
+                if scale == run.scale
+                else ledger.outcomes(claim, scale, evidence)
+            )
+            where = f"{now}, this run" if scale == run.scale else _where(evidence)
+            rows.append((claim, scale, verdicts.combine(found), found, where))
+    return _table(run.chapter, rows)
+
+
+def _where(evidence: Any) -> str:
+    from gatebook.evidence import provenance
+
+    if evidence is None:
+        return ""
+    data = evidence.data
+    note = f", recorded at commit {data['commit']}, code changed since" if evidence.stale else ""
+    return f"{provenance.hardware_line(data['hardware'])}, {data['date'][:10]}{note}"
+
+
+def _table(chapter: Any, rows: list[tuple[Any, str, str, list[Any], str]]) -> str:
+    from gatebook.evidence import ledger
+
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("claim", "scale", "verdict", "ours [95 % interval], seeds, rule", "where")
+    )
+    body = []
+    for claim, scale, verdict, found, where in rows:
+        if scale == "small":
+            text = html.escape(f"{claim.id} ({claim.where}): {claim.statement}")
+            paper = html.escape(claim.paper)
+            body.append(
+                f'<tr class="gb-claim"><th colspan="5" scope="rowgroup" style="text-align:left">'
+                f"{text}<br><small>paper: {paper}</small></th></tr>"
+            )
+        if all(item.verdict == "not run" for item in found):
+            ours = html.escape(ledger.why_not_run(chapter, claim, scale))
+            where = ""
+        else:
+            ours = "<br>".join(html.escape(_line(item)) for item in found)
+        key = verdict.replace(" ", "-")
+        body.append(
+            f'<tr><td>{claim.id}</td><td>{scale}</td><td><span class="gb-verdict gb-{key}">'
+            f'{verdict}</span></td><td style="text-align:left">{ours}</td><td>{where}</td></tr>'
+        )
+    return (
+        f'<table class="gb-claims"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _line(outcome: Any) -> str:
+    from gatebook.evidence import ledger
+
+    text = f"{ledger.ours(outcome)} {ledger.interval_text(outcome)}"
+    if outcome.test.direction != "equal":
+        text += f", {outcome.seeds} seed(s)"
+    note = f" — {outcome.note}" if outcome.note and outcome.estimate is not None else ""
+    return f"{outcome.verdict}: {text}; rule: {outcome.rule}{note}"

@@ -1,0 +1,181 @@
+"""Evidence files: whole or not at all, refused when damaged, never overwritten when damaged."""
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import chapter_fields
+
+from gatebook.evidence import ledger, schema, verdicts
+
+OBSERVED = {
+    "accuracy": {
+        "method": {"0": 0.9, "1": 0.91, "2": 0.92},
+        "baseline": {"0": 0.5, "1": 0.5, "2": 0.52},
+    }
+}
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """A book with one chapter, `toy`."""
+    (tmp_path / "chapters").mkdir()
+    fields = yaml.safe_dump(chapter_fields(), sort_keys=False)
+    (tmp_path / "chapters/toy.yml").write_text(fields)
+    cell = {"cell_type": "code", "metadata": {}, "source": ["x = 1\n"], "outputs": []}
+    (tmp_path / "chapters/toy.ipynb").write_text(json.dumps({"cells": [cell]}))
+    return tmp_path
+
+
+def _body(book: Path, **changes: object) -> dict:
+    chapter = schema.load(book / "chapters/toy.yml")
+    outcome = verdicts.evaluate(chapter.tests()[0], OBSERVED)
+    from gatebook.evidence import provenance
+
+    return {
+        "chapter": "toy",
+        "scale": "small",
+        "seed": 0,
+        "observations": OBSERVED,
+        "tests": {"method-wins": ledger.test_record(outcome.test, outcome)},
+        "claims": {"C1": outcome.verdict},
+        "settings": {},
+        "command": "papermill chapters/toy.ipynb out.ipynb",
+        "commit": "abc1234",
+        "hash": provenance.chapter_hash(book, "toy"),
+        "versions": {"python": "3.11"},
+        "hardware": {"cpu": "a CPU", "threads": 1},
+        "date": "2026-01-02T03:04:05+00:00",
+        "wall_seconds": 1.0,
+        "peak_memory_mb": {"host": 100.0},
+    } | changes
+
+
+def test_write_then_read_and_the_row(book: Path) -> None:
+    ledger.write(book, _body(book))
+    row = ledger.rows(book)[0]
+    assert list(row) == list(ledger.COLUMNS)
+    assert row["verdict"] == "supported"
+    assert row["ours"].startswith("accuracy method − baseline: 0.403")
+    assert (row["seeds"], row["date"], row["stale"]) == ("3", "2026-01-02", "no")
+    assert ledger.rows(book)[1]["verdict"] == "not run"
+
+
+def test_tsv_has_one_line_for_each_claim_and_scale(book: Path) -> None:
+    lines = ledger.tsv(ledger.rows(book)).splitlines()
+    assert lines[0].split("\t") == list(ledger.COLUMNS)
+    assert len(lines) == 1 + 3
+    assert all(len(line.split("\t")) == len(ledger.COLUMNS) for line in lines)
+
+
+def test_a_changed_chapter_makes_evidence_stale(book: Path) -> None:
+    ledger.write(book, _body(book))
+    assert not ledger.read(book, "toy", "small").stale
+    notebook = book / "chapters/toy.ipynb"
+    notebook.write_text(notebook.read_text().replace("x = 1", "x = 2"))
+    assert ledger.read(book, "toy", "small").stale
+
+
+def test_comments_and_outputs_do_not_make_evidence_stale(book: Path) -> None:
+    ledger.write(book, _body(book))
+    cell = {
+        "cell_type": "code",
+        "metadata": {},
+        "source": ["x = 1  # the same\n"],
+        "outputs": [{"output_type": "stream", "name": "stdout", "text": "hello"}],
+    }
+    (book / "chapters/toy.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert not ledger.read(book, "toy", "small").stale
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "half-written"),
+        (lambda text: text.replace("0.92", "0.99"), "edited after"),
+        (lambda text: text.replace('"verdict": "supported"', '"verdict": "reproduced"'), "rule"),
+        (lambda text: text.replace('"commit"', '"comit"'), "lacks"),
+        (lambda text: "", "half-written"),
+    ],
+)
+def test_damaged_evidence_is_refused_and_kept(book: Path, damage: object, message: str) -> None:
+    path = ledger.write(book, _body(book))
+    broken = damage(path.read_text())
+    path.write_text(broken)
+    with pytest.raises(ledger.EvidenceError, match=message):
+        ledger.read(book, "toy", "small")
+    assert path.read_text() == broken
+    ledger.write(book, _body(book))
+    kept = list(path.parent.glob("small.damaged-*.json"))
+    assert [item.read_text() for item in kept] == [broken]
+    assert ledger.read(book, "toy", "small").data["seed"] == 0
+
+
+def test_a_verdict_typed_by_hand_is_refused_even_with_a_new_checksum(book: Path) -> None:
+    body = _body(book)
+    body["tests"]["method-wins"]["verdict"] = "contradicted"
+    ledger.write(book, body)
+    with pytest.raises(ledger.EvidenceError, match="says 'contradicted', but its rule gives"):
+        ledger.read(book, "toy", "small")
+
+
+def test_a_full_disk_leaves_the_old_evidence(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ledger.write(book, _body(book))
+    before = path.read_text()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ledger.EvidenceError, match="No space left.*old evidence is untouched"):
+        ledger.write(book, _body(book, seed=1))
+    assert path.read_text() == before
+    assert sorted(item.name for item in path.parent.iterdir()) == ["small.json"]
+
+
+def test_an_interrupt_while_writing_leaves_the_old_evidence(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ledger.write(book, _body(book))
+    before = path.read_text()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.write(book, _body(book, seed=1))
+    assert path.read_text() == before
+    assert sorted(item.name for item in path.parent.iterdir()) == ["small.json"]
+
+
+def test_two_runs_recording_at_once_leave_one_whole_file(book: Path) -> None:
+    threads = [
+        threading.Thread(target=ledger.write, args=(book, _body(book, seed=seed)))
+        for seed in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.read(book, "toy", "small").data["seed"] in range(8)
+    assert not list((book / "results/toy").glob("*.partial"))
+
+
+def test_a_held_lock_is_an_error_not_a_wait_for_ever(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.1)
+    ledger.write(book, _body(book))
+    with (
+        FileLock(ledger.lock_path(book)),
+        pytest.raises(ledger.EvidenceError, match="another run is recording"),
+    ):
+        ledger.write(book, _body(book, seed=1))
+    assert ledger.read(book, "toy", "small").data["seed"] == 0
