@@ -12,6 +12,7 @@ import random
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,6 +168,7 @@ def start(slug: str, variables: dict[str, Any], extra: dict[str, type] | None = 
     """
     from gatebook.evidence import ledger, provenance
 
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm wants ipywidgets
     allowed = PARAMETERS | (extra or {})
     if len(allowed) > len(PARAMETERS) + 3:
         raise ValueError("a chapter has at most three parameters of its own")

@@ -38,12 +38,19 @@ def create(root: Path, slug: str) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     said = [f"wrote {path.relative_to(root).as_posix()}" for path in files]
-    said += [f"changed {name}" for name in (_add_to_toc(root, fields), _add_reference(root, fields))]
+    said += [
+        f"changed {name}" for name in (_add_to_toc(root, fields), _add_reference(root, fields))
+    ]
     return [
         *said,
         f"next: replace every {PLACEHOLDER!r}, then `gatebook run {slug} --update` and "
         f"`gatebook verify {slug}`",
     ]
+
+
+def notebook_of(slug: str) -> str:
+    """The scaffolded notebook of a paper, as JSON."""
+    return _notebook(_fill("notebook.py.txt", _fields(slug)))
 
 
 def _fields(slug: str) -> dict[str, str]:
@@ -59,7 +66,7 @@ def _fields(slug: str) -> dict[str, str]:
         "key": slug,
         "title": paper.title,
         "arxiv": paper.arxiv,
-        "year": f"20{paper['arxiv'][:2]}",
+        "year": f"20{paper.arxiv[:2]}",
         "part": paper.part,
         "thin": str(paper.thin).lower(),
     }

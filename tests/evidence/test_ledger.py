@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import chapter_fields
 
+from conftest import chapter_fields
 from gatebook.evidence import ledger, schema, verdicts
 
 OBSERVED = {
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_old_evidence(book: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ledger.EvidenceError, match="No space left.*old evidence is untouched"):
+    with pytest.raises(ledger.EvidenceError, match=r"No space left.*old evidence is untouched"):
         ledger.write(book, _body(book, seed=1))
     assert path.read_text() == before
     assert sorted(item.name for item in path.parent.iterdir()) == ["small.json"]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import chapter_fields
 
+from conftest import chapter_fields
 from gatebook.evidence import schema
 
 

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from conftest import chapter_fields
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from conftest import chapter_fields
 from gatebook.evidence import verdicts
 from gatebook.evidence.schema import Test
 

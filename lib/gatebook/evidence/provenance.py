@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # Modules that turn numbers into verdicts, tables and pictures. A verdict is computed again from
 # the recorded numbers whenever it is read, so editing these cannot make recorded numbers wrong.
 PRESENTATION = (
@@ -47,7 +49,7 @@ def root() -> Path:
 
 
 def chapter_hash(root: Path, slug: str) -> str:
-    """Hash of a chapter's code cells, its `.yml`, and every library module that it imports.
+    """Hash of a chapter's code cells, its scales and tests, and every module that it imports.
 
     Imports are followed through the source, those inside functions too. Outputs, prose,
     comments, docstrings and blank lines do not count, nor do the `PRESENTATION` modules.
@@ -55,11 +57,26 @@ def chapter_hash(root: Path, slug: str) -> str:
     cells = code_cells(root / "chapters" / f"{slug}.ipynb")
     digest = hashlib.sha256()
     digest.update(_essence("\n".join(cells)).encode())
-    digest.update((root / "chapters" / f"{slug}.yml").read_bytes())
+    digest.update(_decisive(root / "chapters" / f"{slug}.yml").encode())
     for name, path in sorted(imported_modules("\n".join(cells)).items()):
         digest.update(name.encode())
         digest.update(_essence_of_file(path, path.stat().st_mtime_ns).encode())
     return digest.hexdigest()[:16]
+
+
+def _decisive(path: Path) -> str:
+    """The parts of a chapter's `.yml` that numbers and verdicts depend on: scales and tests."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tests = [
+        {key: value for key, value in test.items() if key not in ("rationale", "unit")}
+        for claim in data["claims"]
+        for test in claim.get("tests", [])
+    ]
+    scales = {
+        name: [plan["dataset"], plan["seeds"], plan["settings"]]
+        for name, plan in data["scales"].items()
+    }
+    return json.dumps([scales, tests], sort_keys=True)
 
 
 def code_cells(notebook: Path) -> list[str]:

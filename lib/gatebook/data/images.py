@@ -1,0 +1,211 @@
+"""Images: a generated task, CIFAR-10 on the device, ImageNet-1K streamed from disk.
+
+Batches are pairs `(images [B, c, H, W] float32, targets)`; the targets are class numbers `[B]`
+or, after mixing, probabilities `[B, n_classes]`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gatebook.data import augment, sources
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def straddle_xor(
+    n: int, generator: torch.Generator, side: int = 4, noise: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Images whose label is the XOR of two bits on either side of the middle line.
+
+    Two neighbouring pixels carry a marker (channel 0) and a fair bit as -1 or 1 (channel 1). They
+    lie on both sides of the horizontal or the vertical middle, at a random place along it. Channel
+    2 is Gaussian noise. The label is independent of either half of the image.
+
+    Hence a model whose logit is a sum of a function of each half has no better cross-entropy than
+    ln 2 (Jensen: the margin's mean is 0) and gets at most 3 of 4 bit pairs right.
+
+    Args:
+        n: Number of images.
+        generator: Source of every random number.
+        side: Side of the image, even.
+        noise: Standard deviation of channel 2.
+
+    Returns:
+        Images `[n, 3, side, side]` and labels `[n]`, 0 or 1.
+    """
+    each = torch.arange(n)
+    bits = torch.randint(2, (n, 2), generator=generator)
+    along = torch.randint(side, (n,), generator=generator)
+    vertical = torch.randint(2, (n,), generator=generator).bool()
+    images = torch.zeros(n, 3, side, side)
+    for k in range(2):
+        across = torch.full((n,), side // 2 - 1 + k)
+        row, column = torch.where(vertical, across, along), torch.where(vertical, along, across)
+        images[each, 0, row, column] = 1
+        images[each, 1, row, column] = 2.0 * bits[:, k] - 1
+    images[:, 2] = noise * torch.randn(n, side, side, generator=generator)
+    return images, bits.sum(1) % 2
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split held in memory: pixels `[n, 3, H, W]` uint8 and labels `[n]` int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Images:
+    """CIFAR-10, decoded and moved to the device as a whole (184 MB for both splits).
+
+    Args:
+        split: `train` (50,000 images of 32x32) or `test` (10,000).
+        data_dir: Local mirror, see `gatebook.data.sources`.
+        device: Where the pixels go.
+
+    Raises:
+        DataUnavailable: Neither the mirror nor the hub has it.
+    """
+    import datasets
+    import numpy as np
+
+    rows = sources.load("cifar10", split, data_dir).cast_column("img", datasets.Image(mode="RGB"))
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in rows["img"]]))
+    labels = torch.tensor(rows["label"][:])
+    return Images(pixels.permute(0, 3, 1, 2).contiguous().to(device), labels.to(device))
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Map uint8 pixels `[B, c, H, W]` to float32 of mean 0 and deviation 1 in each channel."""
+    shape = (1, -1, 1, 1)
+    mean_c = torch.tensor(mean, device=pixels.device).view(shape)
+    std_c = torch.tensor(std, device=pixels.device).view(shape)
+    return (pixels.float() / 255 - mean_c) / std_c
+
+
+class CifarBatches:
+    """Shuffled, cropped, flipped and normalised batches, one epoch for each iteration.
+
+    Everything happens on the data's device, from one generator there; the last, smaller batch
+    of an epoch is dropped.
+
+    Args:
+        data: The training split.
+        batch_size: Images in a batch, B.
+        seed: Of the order and the augmentation.
+        padding: Largest shift of the crop, pixels.
+
+    Raises:
+        ValueError: There are fewer images than one batch.
+    """
+
+    def __init__(self, data: Images, batch_size: int, seed: int, padding: int = 4):
+        if len(data) < batch_size:
+            raise ValueError(f"{len(data)} images are fewer than a batch of {batch_size}")
+        self.data, self.batch_size, self.padding = data, batch_size, padding
+        self.generator = torch.Generator(data.pixels.device).manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.data.pixels.device
+        order = torch.randperm(len(self.data), generator=self.generator, device=device)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            pixels = augment.crop_flip(self.data.pixels[batch], self.padding, self.generator)
+            yield normalise(pixels, CIFAR10_MEAN, CIFAR10_STD), self.data.labels[batch]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Position of the generator; an epoch that was cut short starts anew on resume."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved position."""
+        self.generator.set_state(state["generator"])
+
+
+class _Decoded(Dataset):
+    """Rows `image`, `label` as uint8 tensors `[3, S, S]`; decoding happens in the worker."""
+
+    def __init__(self, rows: Any, transform: Any):
+        self.rows, self.transform = rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        return self.transform(row["image"].convert("RGB")), row["label"]
+
+
+class ImageNetBatches:
+    """ImageNet-1K as the Swin recipe feeds it: decode, augment, normalise, mix.
+
+    Training images: random resized crop, flip and RandAugment in the workers; normalisation,
+    random erasing, mixup or cutmix and label smoothing on the device. Validation images: the
+    shorter side to S * 256 / 224, centre crop of S.
+
+    Args:
+        split: `train` or `validation`.
+        batch_size: Images in a batch, B.
+        image_size: Side S of the network's input, pixels.
+        seed: Of the order and the augmentation.
+        device: Where a batch goes.
+        workers: Processes that decode.
+        data_dir: Local mirror with the columns `image` and `label`.
+        n_classes: Length of the mixed targets.
+
+    Raises:
+        DataUnavailable: Neither the mirror nor the hub has it.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        batch_size: int,
+        image_size: int,
+        seed: int,
+        *,
+        device: str = "cpu",
+        workers: int = 8,
+        data_dir: str | Path = "",
+        n_classes: int = 1000,
+    ):
+        import datasets
+
+        rows = sources.load("imagenet-1k", split, data_dir).cast_column("image", datasets.Image())
+        self.train, self.device, self.n_classes = split == "train", device, n_classes
+        transform = augment.TrainTransform if self.train else augment.TestTransform
+        self.generator = torch.Generator().manual_seed(seed)
+        self.loader = DataLoader(
+            _Decoded(rows, transform(image_size)),
+            batch_size,
+            shuffle=self.train,
+            drop_last=self.train,
+            num_workers=workers,
+            pin_memory=device.startswith("cuda"),
+            persistent_workers=workers > 0,
+            generator=self.generator,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in self.loader:
+            pixels, labels = (t.to(self.device, non_blocking=True) for t in (pixels, labels))
+            images = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD)
+            if self.train:
+                images = augment.random_erase(images, self.generator)
+                images, labels = augment.mix(images, labels, self.n_classes, self.generator)
+            yield images, labels

@@ -1,0 +1,376 @@
+"""Two-speaker mixtures: generated voices, spoken digits, and folders of Libri2Mix or WSJ0-2mix.
+
+Everything here yields the separate sources, (count, 2, L) at 8 kHz; the mixture is their sum.
+`training_batches` and `held_out` give a chapter the same access to all of them, by name:
+
+    turns      generated voices that speak in turns; nothing to download
+    digits     Free Spoken Digit Dataset, six speakers, recordings held out
+    libri2mix  a folder in the layout of Libri2Mix or WSJ0-2mix, with dynamic mixing
+"""
+
+import itertools
+import math
+import os
+import wave
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatebook.data.sources import DataUnavailableError, load
+from gatebook.errors import unknown
+
+SAMPLE_RATE = 8000  # Hz, of every signal in this file
+N_HARMONICS = 12
+CORPORA = ("turns", "digits", "libri2mix")
+
+
+# ---------------------------------------------------------------- one access to all corpora
+
+
+def training_batches(
+    corpus: str,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    samples: int,
+    data_dir: str | Path = "",
+    device: str = "cpu",
+) -> Iterable[Tensor]:
+    """Batches of sources (B, 2, L) to train on.
+
+    Args:
+        corpus: "turns" (`count` batches, made at once), "digits" (`count` batches, cut on the
+            device as they are asked for) or "libri2mix" (endless).
+        seed: draws everything.
+        count: number of batches; training for longer starts again at the first one.
+        batch_size: B.
+        samples: L.
+        data_dir: folder with `free_spoken_digit/` or `libri2mix/`.
+        device: where digits are cut.
+
+    Raises:
+        ValueError: unknown corpus.
+        DataUnavailableError: the corpus is not there; the message says how to get it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if corpus == "turns":
+        return list(turn_taking(count * batch_size, samples, generator).split(batch_size))
+    if corpus == "digits":
+        streams = digit_streams("train", generator, data_dir).to(device)
+        return (stream_mixtures(streams, batch_size, samples, generator) for _ in range(count))
+    if corpus == "libri2mix":
+        folder = libri2mix_folder(data_dir)
+        return MixtureFolder(folder, "train-360", samples=samples, batch_size=batch_size, seed=seed)
+    raise ValueError(unknown("corpus", corpus, CORPORA))
+
+
+def held_out(
+    corpus: str, *, seed: int, count: int, samples: int, data_dir: str | Path = ""
+) -> list[Tensor]:
+    """Test mixtures that training never sees, as sources (count, 2, L) in one or more batches.
+
+    Voices are drawn anew, from another seed; digits are of the test recordings, by the same six
+    speakers; Libri2Mix gives the first `count` utterances of its test split, at full length.
+
+    Raises:
+        ValueError: unknown corpus.
+        DataUnavailableError: the corpus is not there; the message says how to get it.
+    """
+    generator = torch.Generator().manual_seed(10_000_000 + seed)
+    if corpus == "turns":
+        return list(turn_taking(count, samples, generator).split(16))
+    if corpus == "digits":
+        streams = digit_streams("test", generator, data_dir)
+        return list(stream_mixtures(streams, count, samples, generator).split(16))
+    if corpus == "libri2mix":
+        return list(itertools.islice(utterances(libri2mix_folder(data_dir), "test"), count))
+    raise ValueError(unknown("corpus", corpus, CORPORA))
+
+
+def libri2mix_folder(data_dir: str | Path = "") -> Path:
+    """`libri2mix/` in the folder given, or in the environment variable GATEBOOK_DATA."""
+    return Path(data_dir or os.environ.get("GATEBOOK_DATA", ".")).expanduser() / "libri2mix"
+
+
+# ---------------------------------------------------------------- generated voices
+
+
+def harmonic_voice(size: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """Vowel-like tones: harmonics under one formant, with 2 % vibrato and random phases.
+
+    Pitch is `90 * 3^size` Hz and the formant lies at `400 * 4^size` Hz, so that `size` orders
+    voices from low and dark (0) to high and bright (1). Below 4 kHz at every size.
+
+    Args:
+        size: (count), in [0, 1].
+        samples: L.
+        generator: draws vibrato and phases.
+
+    Returns:
+        (count, L), not normalised.
+    """
+    count, t = len(size), torch.arange(samples) / SAMPLE_RATE
+    rate, start = torch.rand(2, count, 1, generator=generator)
+    vibrato = 0.02 * torch.sin(2 * math.pi * ((3 + 3 * rate) * t + start))
+    pitch = 90 * 3 ** size[:, None]  # (count, 1), Hz
+    phase = 2 * math.pi * (pitch * (1 + vibrato)).cumsum(-1) / SAMPLE_RATE  # (count, L)
+    offset = 2 * math.pi * torch.rand(count, N_HARMONICS, generator=generator)
+    harmonics = pitch * torch.arange(1, N_HARMONICS + 1)  # (count, 12), Hz
+    octaves = (harmonics / (400 * 4 ** size[:, None])).log2()  # distance from the formant
+    loudness = torch.exp2(-1.5 * octaves.square())
+    tone = torch.zeros(count, samples)
+    for k in range(N_HARMONICS):
+        tone += loudness[:, k, None] * torch.sin((k + 1) * phase + offset[:, k, None])
+    return tone
+
+
+def alternating_turns(count: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Who speaks when: two speakers take turns of random length and overlap at each change.
+
+    A turn lasts 12 to 30 % of the signal, an overlap 5 %.
+
+    Args:
+        count: signals.
+        samples: L.
+        generator: draws the lengths.
+
+    Returns:
+        Loudness between 0 and 1, (count, 2, L).
+    """
+    n_turns, overlap, ramp = 10, 0.05, 0.004  # fractions of the signal
+    t = torch.arange(samples) / samples
+    length = 0.12 + 0.18 * torch.rand(count, n_turns, generator=generator)
+    length[:, 0] *= torch.rand(count, generator=generator)  # the first turn is under way at t = 0
+    end = length.cumsum(1)
+    begin = F.pad(end[:, :-1], (1, 0), value=-1.0)
+    rise = torch.sigmoid((t - begin[..., None] + overlap / 2) / ramp)
+    fall = torch.sigmoid((end[..., None] + overlap / 2 - t) / ramp)
+    turns = (rise * fall).unflatten(1, (-1, 2))  # (count, turns / 2, 2, L)
+    return turns.sum(dim=1).clamp(max=1.0)
+
+
+def turn_taking(count: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Sources whose assignment needs memory: two generated voices that speak in turns.
+
+    The two sizes differ by at least 0.25, but any size can be the larger or the smaller one. While
+    one voice speaks alone, only the rest of the signal tells which of the two it is.
+
+    Args:
+        count: mixtures.
+        samples: L.
+        generator: draws everything.
+
+    Returns:
+        Sources of unit power, (count, 2, L), in random order.
+    """
+    gap = 0.25
+    small = (1 - gap) * torch.rand(count, generator=generator)
+    large = small + gap + (1 - gap - small) * torch.rand(count, generator=generator)
+    size = torch.stack((small, large), dim=1)
+    swap = torch.rand(count, 1, generator=generator) < 0.5
+    size = torch.where(swap, size.flip(1), size)
+    tone = harmonic_voice(size.flatten(), samples, generator).unflatten(0, (count, 2))
+    return unit_power(tone * alternating_turns(count, samples, generator))
+
+
+def unit_power(signal: Tensor) -> Tensor:
+    """Scales signals (..., L) to a mean square of 1."""
+    return signal / signal.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-8)
+
+
+# ---------------------------------------------------------------- spoken digits
+
+
+def digit_streams(
+    split: str, generator: torch.Generator, data_dir: str | Path = "", seconds: float = 600.0
+) -> Tensor:
+    """One long recording for each speaker of the Free Spoken Digit Dataset.
+
+    A speaker's recordings are shuffled and put end to end, again and again.
+
+    Args:
+        split: "train", or "test" with recordings that training never sees.
+        generator: draws the orders.
+        data_dir: see `sources.load`.
+        seconds: length of a stream.
+
+    Returns:
+        (speakers, seconds * 8000), each recording scaled to unit power.
+    """
+    rows = load("free_spoken_digit", split, data_dir).with_format("numpy")
+    speakers: dict[str, list[Tensor]] = {}
+    for speaker, audio in zip(rows["speaker"], rows["audio"], strict=True):
+        speakers.setdefault(speaker, []).append(unit_power(torch.as_tensor(audio).float()))
+    samples = int(seconds * SAMPLE_RATE)
+    return torch.stack([_endless(speakers[name], samples, generator) for name in sorted(speakers)])
+
+
+def _endless(recordings: list[Tensor], samples: int, generator: torch.Generator) -> Tensor:
+    parts: list[Tensor] = []
+    while sum(map(len, parts)) < samples:
+        order = torch.randperm(len(recordings), generator=generator)
+        parts += [recordings[i] for i in order.tolist()]
+    return torch.cat(parts)[:samples]
+
+
+def stream_mixtures(
+    streams: Tensor, count: int, samples: int, generator: torch.Generator, level_db: float = 5.0
+) -> Tensor:
+    """Sources cut at random from the streams of two different speakers.
+
+    Args:
+        streams: (speakers, T), on any device; T > samples.
+        count: mixtures.
+        samples: L.
+        generator: draws speakers, positions and levels (on the CPU).
+        level_db: the first source is up to this much louder or softer than the second.
+
+    Returns:
+        (count, 2, L) on the device of `streams`; the second source has unit power.
+    """
+    who = torch.rand(count, len(streams), generator=generator).argsort(dim=1)[:, :2]
+    start = torch.randint(streams.shape[1] - samples, (count, 2), generator=generator)
+    level = level_db * (2 * torch.rand(count, generator=generator) - 1)
+    who, start, level = (part.to(streams.device) for part in (who, start, level))
+    time = start[..., None] + torch.arange(samples, device=streams.device)
+    sources = unit_power(streams[who[..., None], time])
+    sources[:, 0] *= 10 ** (level[:, None] / 20)
+    return sources
+
+
+# ---------------------------------------------------------------- Libri2Mix and WSJ0-2mix
+
+LIBRI2MIX = (
+    "libri2mix (8 kHz, min): about 27 GB for the two sources of train-360, dev and test. It is not "
+    "on the Hugging Face hub as far as we know. Make it with the scripts of "
+    "github.com/JorisCos/LibriMix from LibriSpeech, then put the folders of Libri2Mix/wav8k/min "
+    "into DATA/libri2mix/ and run with `-p data_dir DATA`. WSJ0-2mix, which needs a licence "
+    "(LDC93S6A), has the same layout and works in its place"
+)
+
+
+class MixtureFolder:
+    """Batches of sources from `ROOT/SPLIT/{s1,s2}/*.wav`, the layout of Libri2Mix and WSJ0-2mix.
+
+    With dynamic mixing the two sources come from different mixtures and different speakers, at
+    fresh levels and speeds; file names start with the speaker's number, in s2 after the "_".
+    Batch n depends on (seed, n) alone, so that a resumed run continues exactly.
+
+    Args:
+        root: folder with the splits.
+        split: such as "train-360".
+        samples: L of a training segment; shorter recordings are padded with silence at the end.
+        batch_size: B.
+        seed: draws files, positions, levels and speeds.
+        dynamic: mix anew; False keeps the pairs of the data set.
+
+    Raises:
+        DataUnavailableError: the folder is not there; the message says how to get it.
+        ValueError: s1 and s2 hold different files, or a file is not 16-bit mono at 8 kHz.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        dynamic: bool = True,
+    ) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.dynamic, self.position = dynamic, 0
+        self.pairs = mixture_files(root, split)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 2**32 + self.position)
+            self.position += 1
+            yield torch.stack([self._draw(generator) for _ in range(self.batch_size)])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position of the next batch."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at a saved position."""
+        self.position = state["position"]
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        first, second = self._pick(generator), self._pick(generator)
+        if not self.dynamic:
+            return _segment([read_wav(path) for path in first], self.samples, generator)
+        while _speaker(first[0], 0) == _speaker(second[1], 1):
+            second = self._pick(generator)
+        chosen = [_vary(read_wav(path), generator) for path in (first[0], second[1])]
+        return torch.cat([_segment([wav], self.samples, generator) for wav in chosen])
+
+    def _pick(self, generator: torch.Generator) -> tuple[Path, Path]:
+        return self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+
+
+def mixture_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """Lists the files of the two sources of every mixture of a split, sorted by name.
+
+    Raises:
+        DataUnavailableError: the folder is not there; the message says how to get it.
+        ValueError: s1 and s2 hold different files.
+    """
+    folder = Path(root).expanduser() / split
+    names, others = ({path.name for path in folder.glob(f"{part}/*.wav")} for part in ("s1", "s2"))
+    if not names:
+        raise DataUnavailableError(f"no {split}/s1/*.wav in {Path(root).name}/. {LIBRI2MIX}.")
+    if names != others:
+        odd = sorted(names ^ others)[0]
+        raise ValueError(f"{split}/s1 and {split}/s2 must hold the same files; {odd} is in one")
+    return [(folder / "s1" / name, folder / "s2" / name) for name in sorted(names)]
+
+
+def utterances(root: str | Path, split: str) -> Iterator[Tensor]:
+    """Yields the sources of each mixture of a split at full length, (1, 2, L)."""
+    for pair in mixture_files(root, split):
+        wavs = [read_wav(path) for path in pair]
+        length = min(map(len, wavs))
+        yield torch.stack([wav[:length] for wav in wavs])[None]
+
+
+def read_wav(path: Path) -> Tensor:
+    """Reads a 16-bit mono file at 8 kHz as (L) in [-1, 1).
+
+    Raises:
+        ValueError: for another format; the message names the file and what it holds.
+    """
+    with wave.open(str(path), "rb") as file:
+        found = (file.getnchannels(), file.getsampwidth(), file.getframerate())
+        if found != (1, 2, SAMPLE_RATE):
+            raise ValueError(
+                f"{path.name}: need 1 channel, 2 bytes, {SAMPLE_RATE} Hz; found {found}"
+            )
+        data = bytearray(file.readframes(file.getnframes()))
+    return torch.frombuffer(data, dtype=torch.int16).float() / 2**15
+
+
+def _speaker(path: Path, part: int) -> str:
+    return path.stem.split("_")[part if "_" in path.stem else 0].split("-")[0]
+
+
+def _vary(wav: Tensor, generator: torch.Generator) -> Tensor:
+    """Plays at 95 to 105 % of the speed and up to 2.5 dB louder or softer, like the recipes."""
+    speed, level = (2 * torch.rand(2, generator=generator) - 1).tolist()
+    samples = round(len(wav) / (1 + 0.05 * speed))
+    resampled = F.interpolate(wav[None, None], size=samples, mode="linear", align_corners=False)
+    return unit_power(resampled[0, 0]) * 10 ** (2.5 * level / 20)
+
+
+def _segment(wavs: list[Tensor], samples: int, generator: torch.Generator) -> Tensor:
+    """Cuts the same random segment out of recordings that belong together: (len(wavs), L)."""
+    length = min(map(len, wavs))
+    start = int(torch.randint(max(1, length - samples + 1), (), generator=generator))
+    return torch.stack(
+        [F.pad(w[start : start + samples], (0, max(0, samples - length))) for w in wavs]
+    )

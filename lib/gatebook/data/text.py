@@ -1,0 +1,164 @@
+"""Text for language models: tokenisers, blocks of token ids, and n-gram baselines."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gatebook.data import sources
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def train_bpe(rows: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Trains a byte-pair tokeniser that splits on white space and punctuation first.
+
+    Args:
+        rows: Texts to learn from.
+        vocab_size: Number of tokens, [UNK] included.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["[UNK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(rows, trainer)
+    return tokenizer
+
+
+def encode_rows(tokenizer: "Tokenizer", rows: Iterable[str], size: int) -> Tensor:
+    """Encodes rows, joins them without a separator and cuts the result into blocks.
+
+    Args:
+        tokenizer: From `train_bpe`.
+        rows: Texts.
+        size: Tokens in a block; what is left after the last whole block is dropped.
+
+    Returns:
+        Token ids, [N, size], int64.
+    """
+    ids = [torch.tensor(e.ids) for e in tokenizer.encode_batch_fast(list(rows)) if e.ids]
+    joined = torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)
+    return joined[: len(joined) // size * size].view(-1, size)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Blocks of a tokenised data set.
+
+    Attributes:
+        train: [N, size].
+        validation: [M, size].
+        vocab_size: Number of tokens of the tokeniser.
+    """
+
+    train: Tensor
+    validation: Tensor
+    vocab_size: int
+
+
+def load_corpus(
+    name: str,
+    data_dir: str | Path = "",
+    *,
+    vocab_size: int = 10_000,
+    size: int = 257,
+    max_rows: dict[str, int] | None = None,
+) -> Corpus:
+    """Loads a text data set, trains the tokeniser on all its splits, and cuts it into blocks.
+
+    Args:
+        name: Key of `sources.DATASETS` with a column `text` and a validation split.
+        data_dir: Folder with a local copy, or empty for the hub.
+        vocab_size: Tokens to train; a small text yields fewer.
+        size: Tokens in a block: 257 gives 256 inputs and as many targets.
+        max_rows: Rows to keep of a split, from its start; a split without an entry is whole.
+
+    Returns:
+        The training and validation blocks.
+    """
+    rows = {}
+    for split in sources.DATASETS[name].splits:
+        table = sources.load(name, split, data_dir)
+        keep = min((max_rows or {}).get(split, len(table)), len(table))
+        rows[split] = list(table.select(range(keep))["text"])
+    tokenizer = train_bpe((row for split in rows.values() for row in split), vocab_size)
+    train, validation = (encode_rows(tokenizer, rows[s], size) for s in ("train", "validation"))
+    return Corpus(train, validation, tokenizer.get_vocab_size())
+
+
+class ShuffledBatches:
+    """Batches of blocks, in a new order at each pass; the last incomplete one is left out."""
+
+    def __init__(self, blocks: Tensor, batch_size: int, seed: int) -> None:
+        """Remembers the blocks.
+
+        Args:
+            blocks: [N, size]; the batches stay on its device.
+            batch_size: Blocks in a batch.
+            seed: Of the orders.
+
+        Raises:
+            ValueError: When the blocks do not fill one batch.
+        """
+        if len(blocks) < batch_size:
+            raise ValueError(f"{len(blocks)} blocks do not fill a batch of {batch_size}")
+        self.blocks, self.batch_size = blocks, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.blocks) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields [batch_size, size]."""
+        order = torch.randperm(len(self.blocks), generator=self.generator)
+        for i in range(len(self)):
+            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield self.blocks[rows.to(self.blocks.device)]
+
+
+def unigram_loss(train: Tensor, blocks: Tensor, vocab_size: int) -> Tensor:
+    """Add-one unigram model: loss of each target in nats, [N, size] -> [N, size - 1]."""
+    return -_unigram(train, vocab_size).log()[blocks[:, 1:]].float()
+
+
+def bigram_loss(train: Tensor, blocks: Tensor, vocab_size: int) -> Tensor:
+    """Bigram model with Witten-Bell smoothing, which has nothing to tune.
+
+    P(w | v) = (c(v, w) + n(v) P(w)) / (c(v) + n(v)), with n(v) the number of different tokens that
+    follow v and P the add-one unigram model.
+
+    Args:
+        train: Blocks that are counted, [M, size].
+        blocks: Blocks that are scored, [N, size].
+        vocab_size: Number of tokens.
+
+    Returns:
+        Loss of each target in nats, [N, size - 1].
+    """
+    seen, counts = (train[:, :-1] * vocab_size + train[:, 1:]).unique(return_counts=True)
+    first = seen // vocab_size
+    followers = torch.bincount(first, minlength=vocab_size)  # n(v)
+    total = torch.bincount(train[:, :-1].flatten(), minlength=vocab_size)  # c(v)
+    pairs = (blocks[:, :-1] * vocab_size + blocks[:, 1:]).contiguous()
+    at = torch.searchsorted(seen, pairs).clamp(max=len(seen) - 1)
+    count = torch.where(seen[at] == pairs, counts[at], 0).double()
+    v, w = blocks[:, :-1], blocks[:, 1:]
+    unigram = _unigram(train, vocab_size)[w]
+    n = followers[v].clamp(min=1)  # a context that was never seen falls back to the unigram
+    return -((count + n * unigram) / (total[v] + n)).log().float()
+
+
+def _unigram(train: Tensor, vocab_size: int) -> Tensor:
+    """Add-one probabilities of the targets, [vocab_size], float64."""
+    counts = torch.bincount(train[:, 1:].flatten(), minlength=vocab_size).double() + 1
+    return counts / counts.sum()

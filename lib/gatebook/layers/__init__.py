@@ -1,0 +1,1 @@
+"""Modules that more than one model uses."""

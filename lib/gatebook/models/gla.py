@@ -1,0 +1,246 @@
+"""Gated Linear Attention Transformer (Yang et al. 2023, arXiv 2312.06635, version 6).
+
+Read in the paper: §4.1 to §4.4 and the configurations of §5. From the released code: the factor
+d_k'^(-1/2) on the queries, the residual of the second sub-layer, RMSNorm as the norm of each head.
+
+    GLALanguageModel   embedding, n blocks, norm, linear head; no position code
+    Block              x + mixer(norm(x)), then x + SwiGLU(norm(x))
+    GLA                the paper's layer, with any of the four gates of its ablation (Table 4)
+    Attention          the mixer of its baseline, Transformer++: softmax attention with RoPE
+
+Shapes: B batch, T tokens, D model width, H heads, K key channels and V value channels of a head,
+F hidden width of the feed-forward network, N vocabulary. S: state of a layer `[B, H, K, V]`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gatebook.kernels import gla, softmax_attention
+
+Gate = Literal["none", "fixed", "scalar", "vector"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLAConfig:
+    """Sizes and choices of a GLA language model; the defaults are the paper's."""
+
+    vocab_size: int = 32_000  # N; the paper uses the tokeniser of Mistral
+    d_model: int  # D
+    n_layers: int  # blocks
+    n_heads: int = 4  # H
+    expand_k: float = 0.5  # H K / D
+    expand_v: float = 1.0  # H V / D
+    gate: Gate = "vector"  # "vector" is GLA; "fixed" RetNet without rotation; "none" ungated
+    gate_rank: int = 16  # inner width of the vector gate's low-rank map
+    tau: float = 16.0  # gate temperature: α = sigmoid(logit)^(1/τ)
+    d_ff: int = 0  # F; 0 takes the paper's 256 ⌈8 D / (3 · 256)⌉
+    mixer: Literal["gla", "attention"] = "gla"  # "attention" builds Transformer++
+    rope_base: float = 10_000.0  # of the attention mixer; 0 leaves positions out
+    init_std: float = 0.02  # of every linear map and of the embedding; biases start at 0
+    norm_eps: float = 1e-6  # of every RMSNorm
+    backend: str = "auto"  # form of the operator, see `gatebook.kernels.gla`
+    chunk_size: int = 64  # C of the chunkwise form
+
+
+class LogGate(nn.Module):
+    """The logarithm of the forget gate, log α_t ≤ 0, by one of the four rules of Table 4.
+
+    none    log α = 0
+    fixed   log α = log(1 − 2^(−5−h)) for head h, as RetNet
+    scalar  log α_t = logsigmoid(x_t w + b) / τ, one for each head
+    vector  log α_t = logsigmoid(x_t W¹ W² + b) / τ, one for each key channel (§4.4)
+    """
+
+    def __init__(self, config: GLAConfig, d_key: int) -> None:
+        super().__init__()
+        self.kind, self.tau, self.n_heads = config.gate, config.tau, config.n_heads
+        heads = torch.arange(config.n_heads, dtype=torch.float32)
+        if self.kind == "vector":
+            self.down = nn.Linear(config.d_model, config.gate_rank, bias=False)
+            self.up = nn.Linear(config.gate_rank, config.n_heads * d_key)
+        elif self.kind == "scalar":
+            self.up = nn.Linear(config.d_model, config.n_heads)
+        elif self.kind == "fixed":
+            self.register_buffer("log_gamma", torch.log1p(-(2.0 ** (-5 - heads))))
+        elif self.kind == "none":
+            self.register_buffer("log_gamma", 0 * heads)
+        else:
+            raise ValueError(f"gate must be none, fixed, scalar or vector; got {self.kind!r}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to log-gates `[B, T, H, K]` (vector) or `[B, T, H, 1]`, in float32."""
+        if self.kind in ("none", "fixed"):
+            return self.log_gamma.view(1, 1, -1, 1).expand(*x.shape[:2], -1, 1)
+        logits = self.up(self.down(x) if self.kind == "vector" else x)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.logsigmoid(logits.to(wide)).unflatten(-1, (self.n_heads, -1)) / self.tau
+
+
+class GLA(nn.Module):
+    """The GLA layer (§4.4): O = GLA(Q, K, V, α), y = (SiLU(x W_r) ⊙ concat_h norm(o^h)) W_O.
+
+    Departures from the text: RMSNorm with one weight of width V shared by the heads where the text
+    has LayerNorm, no bias on W_r, and q scaled by K^(-1/2); all three as in flash-linear-attention.
+    """
+
+    def __init__(self, config: GLAConfig) -> None:
+        super().__init__()
+        d, h = config.d_model, config.n_heads
+        d_key, d_value = round(d * config.expand_k), round(d * config.expand_v)
+        if d_key % h or d_value % h:
+            raise ValueError(f"n_heads={h} must divide the key width {d_key} and value {d_value}")
+        self.n_heads, self.backend, self.chunk_size = h, config.backend, config.chunk_size
+        self.query = nn.Linear(d, d_key, bias=False)
+        self.key = nn.Linear(d, d_key, bias=False)
+        self.value = nn.Linear(d, d_value, bias=False)
+        self.log_gate = LogGate(config, d_key // h)
+        self.output_gate = nn.Linear(d, d_value, bias=False)  # W_r
+        self.norm = nn.RMSNorm(d_value // h, eps=config.norm_eps)
+        self.out = nn.Linear(d_value, d, bias=False)  # W_O
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mixes tokens.
+
+        Args:
+            x: Normed inputs `[B, T, D]`.
+            state: S after the tokens before x, `[B, H, K, V]`; None at the start of a sequence.
+
+        Returns:
+            The outputs `[B, T, D]` and S after x.
+        """
+        heads = (self.n_heads, -1)
+        q, k, v = (f(x).unflatten(-1, heads) for f in (self.query, self.key, self.value))
+        o, state = gla(
+            q,
+            k,
+            v,
+            self.log_gate(x),
+            initial_state=state,
+            output_final_state=True,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+        )
+        return self.out(F.silu(self.output_gate(x)) * self.norm(o).flatten(-2)), state
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions, the mixer of Transformer++ (LLaMA's)."""
+
+    def __init__(self, config: GLAConfig) -> None:
+        super().__init__()
+        self.n_heads, self.base = config.n_heads, config.rope_base
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """`[B, T, D]` to the same shape; it carries no state from segment to segment."""
+        if state is not None:
+            raise ValueError("the attention mixer carries no state: give it the whole sequence")
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, T, H, D/H)
+        if self.base:
+            q, k = rotate(q, self.base), rotate(k, self.base)
+        return self.out(softmax_attention(q, k, v, causal=True).flatten(-2)), None
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary positions (Su et al. 2021): channels i and i + D/2 of token t turn by t base^(-2i/D).
+
+    Args:
+        x: `[B, T, H, D]`, D even.
+        base: The largest period is about 2π base tokens.
+
+    Returns:
+        The rotated `[B, T, H, D]`, in the type of x.
+    """
+    half = x.shape[-1] // 2
+    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1) * rate  # (T, 1, D/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward network (SiLU(x W_1) ⊙ x W_2) W_3, without biases."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Y = X + mixer(norm(X)); X' = Y + SwiGLU(norm(Y)). The text prints + X twice; see §4.4."""
+
+    def __init__(self, config: GLAConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = GLA(config) if config.mixer == "gla" else Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        d_ff = config.d_ff or 256 * -(-8 * config.d_model // (3 * 256))
+        self.ffn = SwiGLU(config.d_model, d_ff)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, D]` and the mixer's state to the same."""
+        mixed, state = self.mixer(self.mixer_norm(x), state)
+        x = x + mixed
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class GLALanguageModel(nn.Module):
+    """Embedding, blocks, norm and an untied linear head."""
+
+    def __init__(self, config: GLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids `[B, T]` to logits `[B, T, N]`."""
+        return self.continue_from(tokens, None)[0]
+
+    def continue_from(
+        self, tokens: Tensor, states: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits for tokens that follow others, from the layers' states instead of those tokens.
+
+        Args:
+            tokens: Token ids `[B, T]`.
+            states: What the call on the tokens before returned; None at the start.
+
+        Returns:
+            Logits `[B, T, N]` and a state `[B, H, K, V]` for each layer. Detach the states to
+            train on segments of a long sequence, as the paper does for 24K tokens.
+        """
+        x = self.embedding(tokens)  # (B, T, D)
+        states = states or [None] * len(self.blocks)
+        after = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, state)
+            after.append(state)
+        return self.head(self.norm(x)), after
+
+
+MODELS = {
+    "gla_340m": (GLALanguageModel, GLAConfig(d_model=1024, n_layers=24)),
+    "gla_1.3b": (GLALanguageModel, GLAConfig(d_model=2048, n_layers=24)),
+}
