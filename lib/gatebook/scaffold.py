@@ -102,17 +102,25 @@ def _notebook(script: str) -> str:
 
 
 def _add_to_toc(root: Path, fields: dict[str, str]) -> str:
+    """Enter the chapter in reading order: after the front matter, before the reference part."""
     path = root / "_toc.yml"
     toc = yaml.safe_load(path.read_text(encoding="utf-8"))
-    entry = {"file": f"chapters/{fields['slug']}"}
-    for part in toc["parts"]:
-        if part["caption"] == fields["part"]:
-            part["chapters"].append(entry)
-            break
-    else:
-        toc["parts"].insert(-1, {"caption": fields["part"], "chapters": [entry]})
+    first, *parts, last = toc["parts"]
+    by_caption = {part["caption"]: part for part in parts}
+    part = by_caption.setdefault(fields["part"], {"caption": fields["part"], "chapters": []})
+    part["chapters"].append({"file": f"chapters/{fields['slug']}"})
+    for part in by_caption.values():
+        part["chapters"].sort(key=_place)
+    middle = sorted(by_caption.values(), key=lambda part: _place(part["chapters"][0]))
+    toc["parts"] = [first, *middle, last]
     path.write_text(yaml.safe_dump(toc, sort_keys=False, width=100), encoding="utf-8")
     return path.name
+
+
+def _place(entry: dict[str, str]) -> int:
+    """Where a chapter stands in the reading order; papers that are not listed come last."""
+    order = [f"chapters/{paper.slug}" for paper in papers()]
+    return order.index(entry["file"]) if entry["file"] in order else len(order)
 
 
 def _add_reference(root: Path, fields: dict[str, str]) -> str:

@@ -59,7 +59,7 @@ def test_block_breakdown_is_the_papers():
 
 def test_output_matrix_is_the_token_embedding():
     model = small_model()
-    features = model.features(torch.zeros(1, 5, dtype=torch.long))
+    features = model.trunk(model.embedding(torch.zeros(1, 5, dtype=torch.long)))
     expected = torch.einsum("btd,vd->btv", features, model.embedding.token.weight)
     assert torch.allclose(model.logits(features), expected, rtol=0, atol=1e-14)
 
@@ -290,7 +290,16 @@ def test_unknown_choices_are_refused(field):
         GAMLanguageModel(dataclasses.replace(SMALL, **{field: "nothing"}))
 
 
-# Baselines
+# Baselines and the head of the copying task
+
+
+def test_lag_reader_keeps_the_receptive_field():
+    reader = gam.LagReader(small_model().float(), 3)
+    tokens = torch.randint(16, (1, 40))
+    changed = tokens.clone()
+    changed[0, :27] = (changed[0, :27] + 1) % 16
+    assert reader(tokens).shape == (1, 40, 3, 16)
+    assert torch.equal(reader(tokens)[0, 39], reader(changed)[0, 39])
 
 
 def test_materialised_attention_equals_the_fused_kernel():

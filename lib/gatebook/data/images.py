@@ -55,8 +55,8 @@ def straddle_xor(
 
 
 @dataclass(frozen=True)
-class Images:
-    """A split held in memory: pixels `[n, 3, H, W]` uint8 and labels `[n]` int64."""
+class Cifar:
+    """A split of CIFAR-10 in memory: pixels `[n, 3, 32, 32]` uint8 and labels `[n]` int64."""
 
     pixels: Tensor
     labels: Tensor
@@ -64,8 +64,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def in_order(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Normalised batches without augmentation, the last one smaller; for scoring."""
+        pairs = zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True)
+        return [(normalise(pixels, CIFAR10_MEAN, CIFAR10_STD), y) for pixels, y in pairs]
 
-def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Images:
+
+def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Cifar:
     """CIFAR-10, decoded and moved to the device as a whole (184 MB for both splits).
 
     Args:
@@ -74,7 +79,7 @@ def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Image
         device: Where the pixels go.
 
     Raises:
-        DataUnavailable: Neither the mirror nor the hub has it.
+        DataUnavailableError: Neither the mirror nor the hub has it.
     """
     import datasets
     import numpy as np
@@ -82,7 +87,7 @@ def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Image
     rows = sources.load("cifar10", split, data_dir).cast_column("img", datasets.Image(mode="RGB"))
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in rows["img"]]))
     labels = torch.tensor(rows["label"][:])
-    return Images(pixels.permute(0, 3, 1, 2).contiguous().to(device), labels.to(device))
+    return Cifar(pixels.permute(0, 3, 1, 2).contiguous().to(device), labels.to(device))
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -109,7 +114,7 @@ class CifarBatches:
         ValueError: There are fewer images than one batch.
     """
 
-    def __init__(self, data: Images, batch_size: int, seed: int, padding: int = 4):
+    def __init__(self, data: Cifar, batch_size: int, seed: int, padding: int = 4):
         if len(data) < batch_size:
             raise ValueError(f"{len(data)} images are fewer than a batch of {batch_size}")
         self.data, self.batch_size, self.padding = data, batch_size, padding
@@ -166,7 +171,7 @@ class ImageNetBatches:
         n_classes: Length of the mixed targets.
 
     Raises:
-        DataUnavailable: Neither the mirror nor the hub has it.
+        DataUnavailableError: Neither the mirror nor the hub has it.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class ImageNetBatches:
         rows = sources.load("imagenet-1k", split, data_dir).cast_column("image", datasets.Image())
         self.train, self.device, self.n_classes = split == "train", device, n_classes
         transform = augment.TrainTransform if self.train else augment.TestTransform
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.epoch, self.generator = seed, 0, torch.Generator()
         self.loader = DataLoader(
             _Decoded(rows, transform(image_size)),
             batch_size,
@@ -202,6 +207,8 @@ class ImageNetBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        self.epoch += 1
         for pixels, labels in self.loader:
             pixels, labels = (t.to(self.device, non_blocking=True) for t in (pixels, labels))
             images = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD)
@@ -209,3 +216,11 @@ class ImageNetBatches:
                 images = augment.random_erase(images, self.generator)
                 images, labels = augment.mix(images, labels, self.n_classes, self.generator)
             yield images, labels
+
+    def state_dict(self) -> dict[str, int]:
+        """Epochs begun. Checkpoints belong at the end of an epoch: a resumed one starts the next."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with the epoch after those begun."""
+        self.epoch = state["epoch"]

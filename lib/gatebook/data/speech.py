@@ -154,10 +154,10 @@ def alternating_turns(count: int, samples: int, generator: torch.Generator) -> T
 
 
 def turn_taking(count: int, samples: int, generator: torch.Generator) -> Tensor:
-    """Sources whose assignment needs memory: two generated voices that speak in turns.
+    """Sources whose assignment needs memory: a larger and a smaller voice that speak in turns.
 
-    The two sizes differ by at least 0.25, but any size can be the larger or the smaller one. While
-    one voice speaks alone, only the rest of the signal tells which of the two it is.
+    Their sizes differ by at least 0.25, but nearly every size can be the larger or the smaller one
+    of its mixture. While one voice speaks alone, only the rest of the signal tells which it is.
 
     Args:
         count: mixtures.
@@ -170,8 +170,8 @@ def turn_taking(count: int, samples: int, generator: torch.Generator) -> Tensor:
     gap = 0.25
     small = (1 - gap) * torch.rand(count, generator=generator)
     large = small + gap + (1 - gap - small) * torch.rand(count, generator=generator)
-    size = torch.stack((small, large), dim=1)
     swap = torch.rand(count, 1, generator=generator) < 0.5
+    size = torch.stack((small, large), dim=1)
     size = torch.where(swap, size.flip(1), size)
     tone = harmonic_voice(size.flatten(), samples, generator).unflatten(0, (count, 2))
     return unit_power(tone * alternating_turns(count, samples, generator))
@@ -210,11 +210,9 @@ def digit_streams(
 
 
 def _endless(recordings: list[Tensor], samples: int, generator: torch.Generator) -> Tensor:
-    parts: list[Tensor] = []
-    while sum(map(len, parts)) < samples:
-        order = torch.randperm(len(recordings), generator=generator)
-        parts += [recordings[i] for i in order.tolist()]
-    return torch.cat(parts)[:samples]
+    rounds = math.ceil(samples / sum(map(len, recordings)))
+    orders = [torch.randperm(len(recordings), generator=generator) for _ in range(rounds)]
+    return torch.cat([recordings[i] for i in torch.cat(orders).tolist()])[:samples]
 
 
 def stream_mixtures(

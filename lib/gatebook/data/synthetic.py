@@ -154,3 +154,31 @@ def typed_reset_groups(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     key = tokens - (1 + 2 * N_RESET_KEYS * N_VALUES)
     asked = targets != IGNORE
     return asked & (key < N_RESET_KEYS), asked & (key >= N_RESET_KEYS)
+
+
+def lag_copy_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `lag_copy`, averaged within each lag and then over the lags.
+
+    A long lag has fewer targets in a short sequence; this gives all lags one weight.
+
+    Args:
+        logits: [B, T, n_lags, V].
+        targets: [B, T, n_lags].
+
+    Returns:
+        Scalar, in nats.
+    """
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits[:, :, i].flatten(0, 1), targets[:, :, i].flatten(), ignore_index=IGNORE
+        )
+        for i in range(targets.shape[-1])
+    ]
+    return torch.stack(losses).mean()
+
+
+def lag_copy_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Right answers and questions for each lag: [B, T, n_lags, V] -> two of [n_lags]."""
+    asked = targets != IGNORE
+    right = (logits.argmax(-1) == targets) & asked
+    return right.sum((0, 1)), asked.sum((0, 1))

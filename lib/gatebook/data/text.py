@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -162,3 +162,157 @@ def _unigram(train: Tensor, vocab_size: int) -> Tensor:
     """Add-one probabilities of the targets, [vocab_size], float64."""
     counts = torch.bincount(train[:, 1:].flatten(), minlength=vocab_size).double() + 1
     return counts / counts.sum()
+
+
+MANUAL = "python_manual"  # the name by which `byte_text` knows `python_manual`
+
+
+def python_manual() -> str:
+    """Python's own reference manual, 0.46 MB of English that every Python installation carries.
+
+    The text differs a little between Python versions; the order of the topics is alphabetical.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def byte_text(name: str, split: str, data_dir: str | Path = "") -> Tensor:
+    """A whole text as UTF-8 bytes, its rows joined by an empty line.
+
+    Args:
+        name: Key of `sources.DATASETS` with a column `text`, or "python_manual".
+        split: Split of that data set; of the manual, "train" is the first nine tenths and any
+            other name the rest.
+        data_dir: Folder with a local copy, or empty for the hub; not used for the manual.
+
+    Returns:
+        Byte values `[N]`, uint8.
+    """
+    if name == MANUAL:
+        data = python_manual().encode()
+        cut = len(data) * 9 // 10
+        data = data[:cut] if split == "train" else data[cut:]
+    else:
+        data = "\n\n".join(sources.load(name, split, data_dir)["text"]).encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+class Windows:
+    """Random windows of one long sequence of tokens, as inputs and the tokens that follow them."""
+
+    def __init__(self, tokens: Tensor, length: int, batch_size: int, batches: int, seed: int):
+        """Remembers the text; every pass over it gives the same batches.
+
+        Args:
+            tokens: `[N]`, any integer type; the batches stay on its device.
+            length: Tokens in a window, T.
+            batch_size: Windows in a batch, B.
+            batches: Batches in a pass.
+            seed: Of the windows' places.
+
+        Raises:
+            ValueError: The text is shorter than one window and the token after it.
+        """
+        if len(tokens) <= length:
+            raise ValueError(f"{len(tokens)} tokens hold no window of {length} and its next token")
+        self.tokens, self.length, self.batch_size = tokens, length, batch_size
+        self.batches, self.seed = batches, seed
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields inputs and targets, both `[B, T]`, int64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        offsets = torch.arange(self.length + 1, device=self.tokens.device)
+        places = len(self.tokens) - self.length
+        for _ in range(self.batches):
+            start = torch.randint(places, (self.batch_size, 1), generator=generator)
+            window = self.tokens[start.to(offsets.device) + offsets].long()  # (B, T + 1)
+            yield window[:, :-1], window[:, 1:]
+
+
+class TokenStream:
+    """Batches from a data set that is too large to download first; it can be resumed.
+
+    Rows are tokenised as they arrive, joined with an end-of-text token between them, and cut into
+    sequences without regard to the rows' ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        tokenizer: "Tokenizer",
+        *,
+        end_of_text: str,
+        length: int,
+        batch_size: int,
+        data_dir: str | Path = "",
+    ) -> None:
+        """Opens the stream.
+
+        Args:
+            name: Key of `sources.DATASETS` with a column `text`.
+            split: Split of that data set.
+            tokenizer: A `tokenizers.Tokenizer`.
+            end_of_text: The token put after each row, such as "</s>".
+            length: Tokens in a sequence, T.
+            batch_size: Sequences in a batch, B.
+            data_dir: Folder with a local copy, or empty for the hub.
+
+        Raises:
+            ValueError: The tokeniser has no such end-of-text token.
+        """
+        self.rows = sources.load(name, split, data_dir, streaming=True)
+        self.tokenizer, self.length, self.batch_size = tokenizer, length, batch_size
+        self.end = tokenizer.token_to_id(end_of_text)
+        if self.end is None:
+            raise ValueError(f"the tokeniser has no token {end_of_text!r}")
+        self.left: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields inputs and targets, both `[B, T]`, int64."""
+        need = self.batch_size * self.length + 1
+        for row in self.rows:
+            self.left += [*self.tokenizer.encode(row["text"], add_special_tokens=False).ids]
+            self.left.append(self.end)
+            while len(self.left) >= need:
+                block, self.left = torch.tensor(self.left[:need]), self.left[need - 1 :]
+                shape = (self.batch_size, self.length)
+                yield block[:-1].view(shape), block[1:].view(shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, and the tokens read but not yet used."""
+        return {"rows": self.rows.state_dict(), "left": self.left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.rows.load_state_dict(state["rows"])
+        self.left = list(state["left"])
+
+
+def load_tokenizer(name: str, hub_id: str, data_dir: str | Path = "") -> "Tokenizer":
+    """The tokeniser of a data set: `data_dir/NAME/tokenizer.json` if it is there, else the hub's.
+
+    Args:
+        name: Folder of the data set below `data_dir`.
+        hub_id: Repository on the Hugging Face hub that holds a `tokenizer.json`.
+        data_dir: Folder with a local copy, or empty.
+
+    Raises:
+        sources.DataUnavailableError: Neither can be had.
+    """
+    from tokenizers import Tokenizer
+
+    local = Path(data_dir).expanduser() / name / "tokenizer.json"
+    if data_dir and local.is_file():
+        return Tokenizer.from_file(str(local))
+    try:
+        return Tokenizer.from_pretrained(hub_id)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise sources.DataUnavailableError(
+            f"no tokeniser ({type(error).__name__}): put tokenizer.json of {hub_id} into "
+            f"DATA/{name}/ and run with `-p data_dir DATA`, or run on a machine with a network."
+        ) from error

@@ -298,9 +298,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.d_model)
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """Final normed states: tokens [B, T] -> [B, T, D]."""
-        x = self.embedding(tokens)
+    def trunk(self, x: Tensor) -> Tensor:
+        """Blocks and final norm: embedded tokens [B, T, D] -> [B, T, D]."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -311,7 +310,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits: tokens [B, T] -> [B, T, V]."""
-        return self.logits(self.features(tokens))
+        return self.logits(self.trunk(self.embedding(tokens)))
 
 
 class GAMLanguageModel(LanguageModel):
@@ -432,6 +431,23 @@ class BareMamba(LanguageModel):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config, [MambaLayer(config) for _ in range(config.n_layers)])
+
+
+class LagReader(nn.Module):
+    """A language model's trunk with one linear output for each of several lags.
+
+    Ours, for the copying task of the chapter; the output matrix is not tied.
+    """
+
+    def __init__(self, model: LanguageModel, n_lags: int) -> None:
+        super().__init__()
+        self.model, self.n_lags = model, n_lags
+        self.head = nn.Linear(model.config.d_model, n_lags * model.config.vocab_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the symbol seen each lag ago: tokens [B, T] -> [B, T, n_lags, V]."""
+        features = self.model.trunk(self.model.embedding(tokens))
+        return self.head(features).unflatten(-1, (self.n_lags, -1))
 
 
 def cat_time(past: Tensor, present: Tensor) -> Tensor:

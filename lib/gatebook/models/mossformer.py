@@ -14,6 +14,7 @@ Channels come last throughout, so that a 1x1 convolution is a `Linear`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class MossFormerConfig:
     attention: str = "joint"  # "joint" is the paper's; the others are this book's controls
     gating: bool = True  # False replaces the products of eq. "gates" by sums
     convolution: bool = True  # False drops the depthwise convolutions
+    norm_over_time: bool = True  # False: the mask net's outer norms see one frame at a time
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
@@ -293,18 +295,23 @@ class MossFormerBlock(nn.Module):
 
 
 class MaskNet(nn.Module):
-    """Estimates one mask per speaker from the encoded mixture: (B, S, N) -> (B, C, S, N)."""
+    """Estimates one mask per speaker from the encoded mixture: (B, S, N) -> (B, C, S, N).
+
+    The two outer norms average over the whole signal. Without `norm_over_time` they do not, and
+    attention, convolutions and token shift alone carry information from frame to frame.
+    """
 
     def __init__(self, config: MossFormerConfig) -> None:
         super().__init__()
         N, D, C = config.n_filters, config.d_model, config.n_speakers
-        self.norm_in = GlobalNorm(N)
+        norm = GlobalNorm if config.norm_over_time else partial(nn.LayerNorm, eps=1e-8)
+        self.norm_in = norm(N)
         self.linear_in = nn.Linear(N, D, bias=False)
         self.position = SinusoidalPosition(D)
         rotary = Rotary(config.rotary_dim)
         self.blocks = nn.ModuleList(MossFormerBlock(config, rotary) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.norm_out = GlobalNorm(D)
+        self.norm_out = norm(D)
         self.act = nn.PReLU()
         self.split = nn.Linear(D, C * D)
         self.value = nn.Linear(D, D)
@@ -371,12 +378,12 @@ MODELS: dict[str, tuple[type[nn.Module], MossFormerConfig]] = {
     "mossformer_small": (
         MossFormer,
         MossFormerConfig(
-            n_filters=32,
+            n_filters=64,
             d_model=32,
             n_layers=2,
-            kernel_size=64,
+            kernel_size=32,
             d_qk=32,
-            chunk_size=32,
+            chunk_size=16,
             rotary_dim=16,
             dropout=0.0,
         ),

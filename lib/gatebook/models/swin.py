@@ -131,7 +131,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
         self.bias_table = None
         if relative_bias:
-            self.bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, n_heads))
+            self.bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, n_heads))
             index = relative_position_index(window_size)
             self.register_buffer("index", index, persistent=False)
 

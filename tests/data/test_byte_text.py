@@ -1,0 +1,142 @@
+"""Byte-level text: the embedded manual, random windows, and the resumable stream."""
+
+import itertools
+
+import pytest
+import torch
+
+from gatebook.data import sources
+from gatebook.data.text import (
+    TokenStream,
+    Windows,
+    byte_text,
+    load_tokenizer,
+    python_manual,
+    train_bpe,
+)
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """A folder with the schema of SlimPajama's mirror, and a tokeniser beside it."""
+    datasets = pytest.importorskip("datasets")
+    from tokenizers import AddedToken
+
+    rows = [f"row {i} says {'many words ' * (i % 7)}" for i in range(50)]
+    folder = tmp_path / "slimpajama"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / "train.parquet")
+    tokenizer = train_bpe(rows, 200)
+    tokenizer.add_special_tokens([AddedToken("</s>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tmp_path
+
+
+def stream(mirror):
+    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
+    return TokenStream(
+        "slimpajama",
+        "train",
+        tokenizer,
+        end_of_text="</s>",
+        length=7,
+        batch_size=3,
+        data_dir=mirror,
+    )
+
+
+def test_manual_is_english_prose_and_splits_without_overlap():
+    assert len(python_manual()) > 300_000
+    train, rest = byte_text("python_manual", "train"), byte_text("python_manual", "validation")
+    assert bytes(torch.cat([train, rest]).tolist()).decode() == python_manual()
+    assert len(train) == (len(train) + len(rest)) * 9 // 10
+
+
+def test_byte_text_of_a_mirror(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "books").mkdir()
+    table = datasets.Dataset.from_dict({"title": ["a", "b"], "text": ["één", "two"]})
+    table.to_parquet(tmp_path / "books" / "train.parquet")
+    assert bytes(byte_text("books", "train", tmp_path).tolist()).decode() == "één\n\ntwo"
+
+
+def test_windows_are_the_text_and_its_next_tokens():
+    text = torch.arange(50, dtype=torch.uint8)
+    batches = Windows(text, length=8, batch_size=4, batches=5, seed=0)
+    found = list(batches)
+    assert len(found) == len(batches) == 5
+    for x, y in found:
+        assert x.shape == y.shape == (4, 8)
+        torch.testing.assert_close(x[:, 1:], y[:, :-1])
+        torch.testing.assert_close(y, x + 1)
+
+
+def test_windows_reach_both_ends_of_the_text():
+    text = torch.arange(10, dtype=torch.uint8)
+    seen = torch.cat([y for _, y in Windows(text, 8, 16, 8, seed=0)])
+    assert seen.min() == 1
+    assert seen.max() == 9
+
+
+def test_windows_depend_on_the_seed_alone():
+    text = torch.arange(200, dtype=torch.uint8)
+    first, again, other = (
+        torch.stack([x for x, _ in Windows(text, 8, 4, 5, seed)]) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_too_short_a_text_raises():
+    with pytest.raises(ValueError, match="8 tokens hold no window of 8"):
+        Windows(torch.zeros(8, dtype=torch.uint8), 8, 1, 1, 0)
+
+
+def test_stream_is_the_rows_joined_by_the_end_token(mirror):
+    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
+    end = tokenizer.token_to_id("</s>")
+    rows = sources.load("slimpajama", "train", mirror)["text"]
+    expected = [i for row in rows for i in [*tokenizer.encode(row).ids, end]]
+    batches = list(stream(mirror))
+    inputs = torch.cat([x.flatten() for x, _ in batches])
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert inputs.tolist() == expected[: len(inputs)]
+    assert targets.tolist() == expected[1 : len(inputs) + 1]
+    assert len(expected) - len(inputs) <= 3 * 7
+
+
+def test_stream_resumes_exactly(mirror):
+    whole = [x for x, _ in stream(mirror)]
+    first = stream(mirror)
+    for _ in itertools.islice(first, 5):
+        state = first.state_dict()
+    second = stream(mirror)
+    second.load_state_dict(state)
+    rest = [x for x, _ in second]
+    assert len(rest) == len(whole) - 5
+    assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
+
+
+def test_unknown_end_token_raises(mirror):
+    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
+    with pytest.raises(ValueError, match="no token '<eot>'"):
+        TokenStream(
+            "slimpajama",
+            "train",
+            tokenizer,
+            end_of_text="<eot>",
+            length=7,
+            batch_size=3,
+            data_dir=mirror,
+        )
+
+
+def test_missing_tokeniser_names_the_two_ways(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", refuse)
+    with pytest.raises(sources.DataUnavailableError, match=r"DATA/slimpajama/.*network"):
+        load_tokenizer("slimpajama", "mistralai/Mistral-7B-v0.1", tmp_path)
