@@ -356,5 +356,5 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"\[1, 3, 32, 32\]; expected \[B, 3, 16, 16\]"):
         tiny()(torch.zeros(1, 3, 32, 32))

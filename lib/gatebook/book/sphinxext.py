@@ -167,12 +167,25 @@ def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Put the badge and the tables into a page."""
     if app.builder.format != "html":
         return
+    for node in doctree.findall(nodes.math_block):
+        _keep_tags(node)
     if docname.startswith(CHAPTERS):
         _insert_badge(app, doctree, docname)
     for node in list(doctree.findall(scoreboard_node)):
         node.replace_self(_raw(_scoreboard(app, docname)))
     for node in list(doctree.findall(summary_node)):
         node.replace_self(_raw(_summary(app, docname)))
+
+
+def _keep_tags(node: nodes.math_block) -> None:
+    """Show a numbered formula of several lines as Jupyter does.
+
+    Sphinx puts formulas with line breaks into a ``split`` environment, where ``\\tag`` is an error.
+    """
+    text = node.astext()
+    if r"\tag" in text and r"\\" in text:
+        node["nowrap"] = True
+        node[:] = [nodes.Text(rf"\[{text}\]")]
 
 
 def _raw(html: str) -> nodes.raw:

@@ -264,15 +264,15 @@ class MossFormerBlock(nn.Module):
         """
         config, P = self.config, self.config.chunk_size
         q, q_far, k, k_far = self.rotary(self.offset_scale(z)).unbind(1)
-        mixed = torch.zeros_like(values)
+        near = far = 0.0
         if config.attention != "global":
             dropout = config.dropout if self.training else 0.0
-            mixed = mixed + local_attention(q, k, values, P, dropout)
+            near = local_attention(q, k, values, P, dropout)
         if config.attention in ("joint", "global"):
-            mixed = mixed + global_attention(q_far, k_far, values)
+            far = global_attention(q_far, k_far, values)
         if config.attention == "dual":
-            mixed = mixed + across_attention(q_far, k_far, values, P)
-        return mixed
+            far = across_attention(q_far, k_far, values, P)
+        return near + far
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = token_shift(x)
@@ -373,19 +373,22 @@ MODELS: dict[str, tuple[type[nn.Module], MossFormerConfig]] = {
     # This book's sizes, for one GPU and for a CPU. The paper's S and M sizes are not known to us.
     "mossformer_medium": (
         MossFormer,
-        MossFormerConfig(n_filters=128, d_model=96, n_layers=4, d_qk=64, chunk_size=128),
+        MossFormerConfig(
+            n_filters=128, d_model=96, n_layers=4, d_qk=64, chunk_size=128, dropout=0.0
+        ),
     ),
     "mossformer_small": (
         MossFormer,
         MossFormerConfig(
             n_filters=64,
-            d_model=32,
-            n_layers=2,
+            d_model=48,
+            n_layers=1,
             kernel_size=32,
             d_qk=32,
             chunk_size=16,
             rotary_dim=16,
             dropout=0.0,
+            norm_over_time=False,
         ),
     ),
 }

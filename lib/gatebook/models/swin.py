@@ -280,9 +280,11 @@ class SwinTransformer(nn.Module):
         Raises:
             ValueError: The images have another shape than the configuration's.
         """
-        size = (self.config.in_channels, self.config.image_size, self.config.image_size)
-        if images.shape[1:] != size:
-            raise ValueError(f"images of shape {list(images.shape)}; expected [B, {size}]")
+        channels, side = self.config.in_channels, self.config.image_size
+        if images.shape[1:] != (channels, side, side):
+            raise ValueError(
+                f"images of shape {list(images.shape)}; expected [B, {channels}, {side}, {side}]"
+            )
         maps, x = [], self.embed(images)
         for stage, blocks in enumerate(self.stages):
             x = blocks(self.merges[stage - 1](x) if stage else x)
