@@ -128,14 +128,14 @@ def folder(tmp_path):
     """Five mixtures of six speakers; recording n of source s is a ramp from 1000 (s + 1) + n."""
     for n in range(5):
         name = f"{n}-10-000{n}_{(n + 1) % 6}-20-000{n}.wav"
-        for s in range(2):
-            write_wav(tmp_path / f"dev/s{s + 1}/{name}", 1000 * (s + 1) + n + 5 * np.arange(300))
+        for s in (1, 2):
+            write_wav(tmp_path / f"libri2mix/dev/s{s}/{name}", 1000 * s + n + 5 * np.arange(300))
     return tmp_path
 
 
 def batches(folder, **changes):
     options = {"samples": 200, "batch_size": 3, "seed": 0, "dynamic": False} | changes
-    return speech.MixtureFolder(folder, "dev", **options)
+    return speech.FolderMixtures(speech.mixture_files("libri2mix", "dev", folder), **options)
 
 
 def test_folder_yields_aligned_segments(folder):
@@ -164,6 +164,17 @@ def test_dynamic_mixing_never_pairs_a_speaker_with_itself(folder, monkeypatch):
     assert any(a.stem != b.stem for a, b in zip(seen[0::2], seen[1::2], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "speakers"),
+    [
+        ("4014-186175-0000_1988-147956-0003.wav", ["4014", "1988"]),  # Libri2Mix
+        ("011a0101_1.9857_01ao030e_-1.9857.wav", ["011", "01a"]),  # WSJ0-2mix
+    ],
+)
+def test_file_names_tell_the_speakers(name, speakers):
+    assert [speech._speaker(speech.Path(name), part) for part in (0, 1)] == speakers
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_restored_position_continues_exactly(folder, dynamic):
     whole = iter(batches(folder, dynamic=dynamic))
@@ -178,18 +189,20 @@ def test_a_restored_position_continues_exactly(folder, dynamic):
 
 
 def test_utterances_come_whole_and_in_order(folder):
-    found = list(speech.utterances(folder, "dev"))
+    pairs = speech.mixture_files("libri2mix", "dev", folder)
+    found = [speech.utterance(pair) for pair in pairs]
     assert [tuple(u.shape) for u in found] == [(1, 2, 300)] * 5
     assert [round(u[0, 0, 0].item() * 2**15) for u in found] == [1000, 1001, 1002, 1003, 1004]
 
 
-def test_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(DataUnavailableError, match=r"libri2mix.*GB.*LibriMix.*data_dir"):
-        batches(tmp_path)
+@pytest.mark.parametrize("corpus", sorted(speech.SPLITS))
+def test_missing_folder_says_what_to_do(tmp_path, corpus):
+    with pytest.raises(DataUnavailableError, match=rf"{corpus}.* GB .*scripts of.*data_dir DATA"):
+        speech.mixture_files(corpus, "dev", tmp_path)
 
 
 def test_unpaired_file_is_named(folder):
-    next((folder / "dev/s2").iterdir()).unlink()
+    next((folder / "libri2mix/dev/s2").iterdir()).unlink()
     with pytest.raises(ValueError, match=r"same files; .*\.wav is in one"):
         batches(folder)
 
@@ -209,12 +222,13 @@ def options(data_dir=""):
 
 
 @pytest.mark.parametrize("corpus", speech.CORPORA)
-def test_every_corpus_gives_batches_and_test_mixtures(corpus, digits, folder):
-    for split in ("train-360", "test"):
+def test_every_corpus_gives_batches_and_test_mixtures(corpus, digits):
+    for split in speech.SPLITS.get(corpus, ()):
         for part in ("s1", "s2"):
-            write_wav(folder / f"libri2mix/{split}/{part}/1-1-1_2-2-2.wav", np.arange(1200))
-            write_wav(folder / f"libri2mix/{split}/{part}/3-1-1_4-2-2.wav", np.arange(1200))
-    batch = next(iter(speech.training_batches(corpus, count=2, batch_size=3, **options(digits))))
+            for name in ("1-1-1_2-2-2.wav", "3-1-1_4-2-2.wav"):
+                write_wav(digits / corpus / split / part / name, np.arange(1200))
+    data = speech.training_batches(corpus, count=2, batch_size=3, **options(digits))
+    batch = next(iter(data))
     assert batch.shape == (3, 2, 1000)
     test = torch.cat(speech.held_out(corpus, count=2, **options(digits)))
     assert test.shape[:2] == (2, 2)

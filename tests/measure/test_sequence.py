@@ -35,3 +35,12 @@ def test_loss_by_position_averages_over_sequences_and_batches():
     found = loss_by_position(Uniform(), batches)
     torch.testing.assert_close(found[:2], torch.tensor([0.0, math.log(4)]))
     assert found[2].isnan()
+
+
+def test_classes_leave_the_other_logits_out():
+    targets = torch.tensor([[IGNORE, 1, 0]])
+    batch = (torch.zeros(1, 3, dtype=torch.long), targets)
+    loss = sequence_loss(Uniform(), batch, classes=2)
+    torch.testing.assert_close(loss.item(), math.log(2), atol=1e-6, rtol=0)
+    found = loss_by_position(Uniform(), [batch], classes=2)
+    torch.testing.assert_close(found[1:], torch.full((2,), math.log(2)))

@@ -18,6 +18,7 @@ from gatebook.models.mossformer import (
     ScaleNorm,
     SinusoidalPosition,
     across_attention,
+    chunked_attention,
     depthwise,
     global_attention,
     local_attention,
@@ -151,6 +152,14 @@ def test_linear_order_equals_dense_order(S):
 def test_across_attention_equals_loops(S):
     q, k, v = qkv(S)
     torch.testing.assert_close(across_attention(q, k, v, 5), across_oracle(q, k, v, 5))
+
+
+@pytest.mark.parametrize("S", [5, 13])
+def test_chunked_attention_equals_dense_blocks(S):
+    q, k, v = qkv(S)
+    chunk = torch.arange(S) // 5
+    dense = (q @ k.mT) * (chunk[:, None] == chunk) / 5
+    torch.testing.assert_close(chunked_attention(q, k, v, 5), dense @ v)
 
 
 @pytest.mark.parametrize("S", [10, 13])
@@ -287,6 +296,7 @@ def changed_frames(block, S, at):
         # ±1 in Z and V carries it to 6…9; the chunk to 5…9; ±1 in the output to 4…10
         ("local", True, set(range(4, 11))),
         ("global", False, set(range(20))),
+        ("chunked", False, set(range(5, 10))),
         ("joint", False, set(range(20))),
         # offsets 2 and 3 of every chunk
         ("dual", False, set(range(5, 10)) | {2, 3, 12, 13, 17, 18}),

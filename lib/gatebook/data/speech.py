@@ -5,10 +5,11 @@ Everything here yields the separate sources, (count, 2, L) at 8 kHz; the mixture
 
     turns      generated voices that speak in turns; nothing to download
     digits     Free Spoken Digit Dataset, six speakers, recordings held out
-    libri2mix  a folder in the layout of Libri2Mix or WSJ0-2mix, with dynamic mixing
+    libri2mix  a folder of wave files, with dynamic mixing
+    wsj0-2mix  the paper's corpus, in the same layout; it needs a licence
 """
 
-import itertools
+import functools
 import math
 import os
 import wave
@@ -24,7 +25,18 @@ from gatebook.errors import unknown
 
 SAMPLE_RATE = 8000  # Hz, of every signal in this file
 N_HARMONICS = 12
-CORPORA = ("turns", "digits", "libri2mix")
+CORPORA = ("turns", "digits", "libri2mix", "wsj0-2mix")
+SPLITS = {"libri2mix": ("train-360", "test"), "wsj0-2mix": ("tr", "tt")}
+HOW_TO_GET = {
+    "libri2mix": "libri2mix (8 kHz, min): about 27 GB for the two sources of train-360, dev and "
+    "test. We know of no hub id. Make it with the scripts of github.com/JorisCos/LibriMix from "
+    "LibriSpeech, put the folders of Libri2Mix/wav8k/min into DATA/libri2mix/ and run with "
+    "`-p data_dir DATA` (or set GATEBOOK_DATA).",
+    "wsj0-2mix": "wsj0-2mix (8 kHz, min): about 5 GB for the two sources of tr, cv and tt. It is "
+    "licensed (LDC93S6A) and has no hub id. Make it with the scripts of Hershey et al. (2016), put "
+    "the folders of 2speakers/wav8k/min into DATA/wsj0-2mix/ and run with `-p data_dir DATA` (or "
+    "set GATEBOOK_DATA).",
+}
 
 
 # ---------------------------------------------------------------- one access to all corpora
@@ -44,12 +56,12 @@ def training_batches(
 
     Args:
         corpus: "turns" (`count` batches, made at once), "digits" (`count` batches, cut on the
-            device as they are asked for) or "libri2mix" (endless).
+            device as they are asked for) or a folder (endless).
         seed: draws everything.
         count: number of batches; training for longer starts again at the first one.
         batch_size: B.
         samples: L.
-        data_dir: folder with `free_spoken_digit/` or `libri2mix/`.
+        data_dir: folder with `free_spoken_digit/`, `libri2mix/` or `wsj0-2mix/`.
         device: where digits are cut.
 
     Raises:
@@ -62,9 +74,9 @@ def training_batches(
     if corpus == "digits":
         streams = digit_streams("train", generator, data_dir).to(device)
         return (stream_mixtures(streams, batch_size, samples, generator) for _ in range(count))
-    if corpus == "libri2mix":
-        folder = libri2mix_folder(data_dir)
-        return MixtureFolder(folder, "train-360", samples=samples, batch_size=batch_size, seed=seed)
+    if corpus in SPLITS:
+        pairs = mixture_files(corpus, SPLITS[corpus][0], data_dir)
+        return FolderMixtures(pairs, samples=samples, batch_size=batch_size, seed=seed)
     raise ValueError(unknown("corpus", corpus, CORPORA))
 
 
@@ -74,7 +86,7 @@ def held_out(
     """Test mixtures that training never sees, as sources (count, 2, L) in one or more batches.
 
     Voices are drawn anew, from another seed; digits are of the test recordings, by the same six
-    speakers; Libri2Mix gives the first `count` utterances of its test split, at full length.
+    speakers; a folder gives the first `count` utterances of its test split, at full length.
 
     Raises:
         ValueError: unknown corpus.
@@ -86,14 +98,11 @@ def held_out(
     if corpus == "digits":
         streams = digit_streams("test", generator, data_dir)
         return list(stream_mixtures(streams, count, samples, generator).split(16))
-    if corpus == "libri2mix":
-        return list(itertools.islice(utterances(libri2mix_folder(data_dir), "test"), count))
+    if corpus in SPLITS:
+        return [
+            utterance(pair) for pair in mixture_files(corpus, SPLITS[corpus][1], data_dir)[:count]
+        ]
     raise ValueError(unknown("corpus", corpus, CORPORA))
-
-
-def libri2mix_folder(data_dir: str | Path = "") -> Path:
-    """`libri2mix/` in the folder given, or in the environment variable GATEBOOK_DATA."""
-    return Path(data_dir or os.environ.get("GATEBOOK_DATA", ".")).expanduser() / "libri2mix"
 
 
 # ---------------------------------------------------------------- generated voices
@@ -201,12 +210,19 @@ def digit_streams(
     Returns:
         (speakers, seconds * 8000), each recording scaled to unit power.
     """
+    speakers = _recordings(split, str(data_dir))
+    samples = int(seconds * SAMPLE_RATE)
+    return torch.stack([_endless(speakers[name], samples, generator) for name in sorted(speakers)])
+
+
+@functools.lru_cache(maxsize=4)
+def _recordings(split: str, data_dir: str) -> dict[str, list[Tensor]]:
+    """The recordings of each speaker, at unit power; kept, since every run asks for them again."""
     rows = load("free_spoken_digit", split, data_dir).with_format("numpy")
     speakers: dict[str, list[Tensor]] = {}
     for speaker, audio in zip(rows["speaker"], rows["audio"], strict=True):
         speakers.setdefault(speaker, []).append(unit_power(torch.as_tensor(audio).float()))
-    samples = int(seconds * SAMPLE_RATE)
-    return torch.stack([_endless(speakers[name], samples, generator) for name in sorted(speakers)])
+    return speakers
 
 
 def _endless(recordings: list[Tensor], samples: int, generator: torch.Generator) -> Tensor:
@@ -242,48 +258,63 @@ def stream_mixtures(
 
 # ---------------------------------------------------------------- Libri2Mix and WSJ0-2mix
 
-LIBRI2MIX = (
-    "libri2mix (8 kHz, min): about 27 GB for the two sources of train-360, dev and test. It is not "
-    "on the Hugging Face hub as far as we know. Make it with the scripts of "
-    "github.com/JorisCos/LibriMix from LibriSpeech, then put the folders of Libri2Mix/wav8k/min "
-    "into DATA/libri2mix/ and run with `-p data_dir DATA`. WSJ0-2mix, which needs a licence "
-    "(LDC93S6A), has the same layout and works in its place"
-)
 
-
-class MixtureFolder:
-    """Batches of sources from `ROOT/SPLIT/{s1,s2}/*.wav`, the layout of Libri2Mix and WSJ0-2mix.
-
-    With dynamic mixing the two sources come from different mixtures and different speakers, at
-    fresh levels and speeds; file names start with the speaker's number, in s2 after the "_".
-    Batch n depends on (seed, n) alone, so that a resumed run continues exactly.
+def mixture_files(corpus: str, split: str, data_dir: str | Path = "") -> list[tuple[Path, Path]]:
+    """The files of the two sources of every mixture, `DATA/CORPUS/SPLIT/{s1,s2}/*.wav`, by name.
 
     Args:
-        root: folder with the splits.
-        split: such as "train-360".
+        corpus: "libri2mix" or "wsj0-2mix".
+        split: a folder of that corpus.
+        data_dir: DATA; empty takes the environment variable GATEBOOK_DATA.
+
+    Raises:
+        DataUnavailableError: there are no such files; the message says how to get them.
+        ValueError: s1 and s2 hold different files.
+    """
+    folder = Path(data_dir or os.environ.get("GATEBOOK_DATA", "")).expanduser() / corpus / split
+    names, others = ({path.name for path in folder.glob(f"{part}/*.wav")} for part in ("s1", "s2"))
+    if not names:
+        where = f"no {corpus}/{split}/s1/*.wav in data_dir"
+        raise DataUnavailableError(f"{where}. {HOW_TO_GET[corpus]}")
+    if names != others:
+        odd = sorted(names ^ others)[0]
+        raise ValueError(f"{split}/s1 and {split}/s2 must hold the same files; {odd} is in one")
+    return [(folder / "s1" / name, folder / "s2" / name) for name in sorted(names)]
+
+
+def utterance(pair: tuple[Path, Path]) -> Tensor:
+    """The sources of one mixture at full length, (1, 2, L)."""
+    wavs = [read_wav(path) for path in pair]
+    length = min(map(len, wavs))
+    return torch.stack([wav[:length] for wav in wavs])[None]
+
+
+class FolderMixtures:
+    """Endless batches of sources (B, 2, L) from pairs of wave files.
+
+    With dynamic mixing the two sources come from different mixtures and different speakers, at
+    fresh levels and speeds; file names tell the speakers. Batch n depends on (seed, n) alone, so
+    that a resumed run continues exactly.
+
+    Args:
+        pairs: from `mixture_files`.
         samples: L of a training segment; shorter recordings are padded with silence at the end.
         batch_size: B.
         seed: draws files, positions, levels and speeds.
         dynamic: mix anew; False keeps the pairs of the data set.
-
-    Raises:
-        DataUnavailableError: the folder is not there; the message says how to get it.
-        ValueError: s1 and s2 hold different files, or a file is not 16-bit mono at 8 kHz.
     """
 
     def __init__(
         self,
-        root: str | Path,
-        split: str,
+        pairs: list[tuple[Path, Path]],
         *,
         samples: int,
         batch_size: int,
         seed: int,
         dynamic: bool = True,
     ) -> None:
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.dynamic, self.position = dynamic, 0
-        self.pairs = mixture_files(root, split)
+        self.pairs, self.samples, self.batch_size = pairs, samples, batch_size
+        self.seed, self.dynamic, self.position = seed, dynamic, 0
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
@@ -312,31 +343,6 @@ class MixtureFolder:
         return self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
 
 
-def mixture_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """Lists the files of the two sources of every mixture of a split, sorted by name.
-
-    Raises:
-        DataUnavailableError: the folder is not there; the message says how to get it.
-        ValueError: s1 and s2 hold different files.
-    """
-    folder = Path(root).expanduser() / split
-    names, others = ({path.name for path in folder.glob(f"{part}/*.wav")} for part in ("s1", "s2"))
-    if not names:
-        raise DataUnavailableError(f"no {split}/s1/*.wav in {Path(root).name}/. {LIBRI2MIX}.")
-    if names != others:
-        odd = sorted(names ^ others)[0]
-        raise ValueError(f"{split}/s1 and {split}/s2 must hold the same files; {odd} is in one")
-    return [(folder / "s1" / name, folder / "s2" / name) for name in sorted(names)]
-
-
-def utterances(root: str | Path, split: str) -> Iterator[Tensor]:
-    """Yields the sources of each mixture of a split at full length, (1, 2, L)."""
-    for pair in mixture_files(root, split):
-        wavs = [read_wav(path) for path in pair]
-        length = min(map(len, wavs))
-        yield torch.stack([wav[:length] for wav in wavs])[None]
-
-
 def read_wav(path: Path) -> Tensor:
     """Reads a 16-bit mono file at 8 kHz as (L) in [-1, 1).
 
@@ -354,7 +360,10 @@ def read_wav(path: Path) -> Tensor:
 
 
 def _speaker(path: Path, part: int) -> str:
-    return path.stem.split("_")[part if "_" in path.stem else 0].split("-")[0]
+    """Who speaks in source `part` of `SPEAKER-…_SPEAKER-….wav` (Libri2Mix) or of
+    `SPKxxxxx_dB_SPKxxxxx_dB.wav` (WSJ0-2mix, three letters a speaker)."""
+    fields = path.stem.split("_")
+    return fields[2 * part][:3] if len(fields) == 4 else fields[part].split("-")[0]
 
 
 def _vary(wav: Tensor, generator: torch.Generator) -> Tensor:

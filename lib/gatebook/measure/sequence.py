@@ -9,24 +9,31 @@ from torch.nn import functional as F
 IGNORE = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
 
 
-def sequence_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def sequence_loss(
+    model: nn.Module, batch: tuple[Tensor, Tensor], classes: int | None = None
+) -> Tensor:
     """Mean cross-entropy in nats over the targets that are not `IGNORE`.
 
     Args:
         model: Maps token ids `[B, T]` to logits `[B, T, N]`.
         batch: Token ids and targets, both `[B, T]`.
+        classes: The answers are the first `classes` tokens; None allows all.
     """
     tokens, targets = batch
-    return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+    logits = model(tokens)[..., :classes].float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
-def loss_by_position(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def loss_by_position(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int | None = None
+) -> Tensor:
     """Mean cross-entropy at each position, over all sequences, in nats.
 
     Args:
         model: Maps token ids `[B, T]` to logits `[B, T, N]`; inputs go to its device.
         batches: Pairs of token ids and targets, all of one length T.
+        classes: As for `sequence_loss`.
 
     Returns:
         `[T]`, float32, on the CPU; NaN where every target is `IGNORE`.
@@ -34,7 +41,7 @@ def loss_by_position(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]])
     device = next(model.parameters()).device
     total = count = torch.zeros(())
     for tokens, targets in batches:
-        logits = model(tokens.to(device)).float().mT  # (B, N, T)
+        logits = model(tokens.to(device))[..., :classes].float().mT  # (B, N, T)
         losses = F.cross_entropy(logits, targets.to(device), reduction="none").cpu()
         total = total + losses.sum(0)
         count = count + (targets.cpu() != IGNORE).sum(0)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ATTENTION = ("joint", "local", "global", "dual")
+ATTENTION = ("joint", "local", "global", "chunked", "dual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,12 @@ class MossFormerConfig:
 # ---------------------------------------------------------------- joint attention
 
 
+def to_chunks(x: Tensor, chunk_size: int) -> Tensor:
+    """Cuts x (B, S, a) into chunks, (B, H, P, a), with zeros after the end."""
+    padding = -x.shape[1] % chunk_size
+    return F.pad(x, (0, 0, 0, padding)).unflatten(1, (-1, chunk_size))
+
+
 def local_attention(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float = 0.0
 ) -> Tensor:
@@ -74,8 +80,8 @@ def local_attention(
     Returns:
         (B, S, E).
     """
-    S, padding = q.shape[1], -q.shape[1] % chunk_size
-    q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(1, (-1, chunk_size)) for t in (q, k, v))
+    S = q.shape[1]
+    q, k, v = (to_chunks(t, chunk_size) for t in (q, k, v))
     scores = F.relu(q @ k.mT / chunk_size).square()  # (B, H, P, P)
     return (F.dropout(scores, dropout) @ v).flatten(1, 2)[:, :S]
 
@@ -83,39 +89,36 @@ def local_attention(
 def global_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Linear attention over the whole sequence: `Q' (K'^T V) / S`, in O(S d E) operations.
 
-    S is the true number of frames, without the padding of the local branch.
+    S is the true number of frames, without the padding of the local half.
 
     Args:
-        q: queries (B, S, d).
-        k: keys (B, S, d).
-        v: values (B, S, E).
+        q: queries (..., S, d).
+        k: keys (..., S, d).
+        v: values (..., S, E).
 
     Returns:
-        (B, S, E).
+        (..., S, E).
     """
-    return q @ (k.mT @ v / q.shape[1])
+    return q @ (k.mT @ v / q.shape[-2])
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """A control, not part of MossFormer: the linear half, but each chunk reads itself only.
+
+    Shapes as in `local_attention`.
+    """
+    chunks = (to_chunks(t, chunk_size) for t in (q, k, v))
+    return global_attention(*chunks).flatten(1, 2)[:, : q.shape[1]]
 
 
 def across_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
-    """The long-range half of dual-path processing: frames with one offset in all chunks attend.
+    """A rival, not part of MossFormer: the long-range half of dual-path processing.
 
-    Not part of MossFormer. It is the rival of `global_attention` in this book's experiment: the
-    same squared ReLU, over the H frames `(o, P + o, 2 P + o, …)`, divided by H.
-
-    Args:
-        q: queries (B, S, d).
-        k: keys (B, S, d).
-        v: values (B, S, E).
-        chunk_size: P, in frames.
-
-    Returns:
-        (B, S, E).
+    Frames with one offset in all chunks attend to each other, `(o, P + o, 2 P + o, …)`, by the
+    same squared ReLU, divided by their number H. Shapes as in `local_attention`.
     """
-    S, padding = q.shape[1], -q.shape[1] % chunk_size
-    q, k, v = (
-        F.pad(t, (0, 0, 0, padding)).unflatten(1, (-1, chunk_size)).transpose(1, 2)
-        for t in (q, k, v)
-    )  # (B, P, H, ·)
+    S = q.shape[1]
+    q, k, v = (to_chunks(t, chunk_size).transpose(1, 2) for t in (q, k, v))  # (B, P, H, ·)
     scores = F.relu(q @ k.mT / q.shape[2]).square()  # (B, P, H, H)
     return (scores @ v).transpose(1, 2).flatten(1, 2)[:, :S]
 
@@ -259,8 +262,8 @@ class MossFormerBlock(nn.Module):
     def attend(self, z: Tensor, values: Tensor) -> Tensor:
         """Mixes values (B, S, E) over time by queries and keys made from Z (B, S, d).
 
-        Joint attention is the sum of a local and a global half; the controls drop one half, or
-        put `across_attention` in the place of the global one.
+        Joint attention is the sum of a local and a global half; the others drop one half, or put
+        something else in the place of the global one.
         """
         config, P = self.config, self.config.chunk_size
         q, q_far, k, k_far = self.rotary(self.offset_scale(z)).unbind(1)
@@ -270,6 +273,8 @@ class MossFormerBlock(nn.Module):
             near = local_attention(q, k, values, P, dropout)
         if config.attention in ("joint", "global"):
             far = global_attention(q_far, k_far, values)
+        if config.attention == "chunked":
+            far = chunked_attention(q_far, k_far, values, P)
         if config.attention == "dual":
             far = across_attention(q_far, k_far, values, P)
         return near + far

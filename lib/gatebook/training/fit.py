@@ -170,9 +170,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": plain, "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    cuda = any(p.is_cuda for p in model.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     groups = [group for group in groups if group["params"]]
-    return kind(groups, lr=recipe.lr, betas=recipe.betas, fused=cuda or None)
+    return kind(groups, lr=recipe.lr, betas=recipe.betas, fused=fused or None)
 
 
 def _accelerator(recipe: Recipe, device: str) -> Any:
