@@ -26,7 +26,7 @@ def test_a_voice_has_its_pitch_and_nothing_above_4_khz():
     assert power[:, 3800:].sum() < 1e-3 * power.sum()
 
 
-def test_a_larger_voice_is_brighter():
+def test_a_higher_voice_is_brighter():
     wav = speech.harmonic_voice(torch.tensor([0.1, 0.5, 0.9]), 8000, rng())
     power = torch.fft.rfft(wav).abs().square()
     centre = (power * torch.arange(power.shape[1])).sum(-1) / power.sum(-1)

@@ -80,7 +80,7 @@ def test_samples_start_stationary():
 
 
 def test_lag_copy_loss_weighs_lags_equally():
-    tokens, targets = lag_copy(2, 8, 4, (1, 6), seeded())
+    _, targets = lag_copy(2, 8, 4, (1, 6), seeded())
     logits = torch.randn(2, 8, 2, 4, generator=seeded(1))
     by_lag = []
     for i in range(2):
@@ -95,7 +95,7 @@ def test_lag_copy_loss_weighs_lags_equally():
 
 
 def test_lag_copy_hits_count_answers_to_asked_positions():
-    tokens, targets = lag_copy(2, 8, 4, (1, 6), seeded())
+    _, targets = lag_copy(2, 8, 4, (1, 6), seeded())
     perfect = torch.nn.functional.one_hot(targets.clamp(min=0), 4).float()
     right, asked = lag_copy_hits(perfect, targets)
     assert asked.tolist() == [14, 4]

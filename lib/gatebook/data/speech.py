@@ -108,28 +108,28 @@ def held_out(
 # ---------------------------------------------------------------- generated voices
 
 
-def harmonic_voice(size: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def harmonic_voice(height: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """Vowel-like tones: harmonics under one formant, with 2 % vibrato and random phases.
 
-    Pitch is `90 * 3^size` Hz and the formant lies at `400 * 4^size` Hz, so that `size` orders
-    voices from low and dark (0) to high and bright (1). Below 4 kHz at every size.
+    Pitch is `90 * 3^height` Hz and the formant lies at `400 * 4^height` Hz, so that `height` orders
+    voices from low and dark (0) to high and bright (1). Below 4 kHz at every height.
 
     Args:
-        size: (count), in [0, 1].
+        height: (count), in [0, 1].
         samples: L.
         generator: draws vibrato and phases.
 
     Returns:
         (count, L), not normalised.
     """
-    count, t = len(size), torch.arange(samples) / SAMPLE_RATE
+    count, t = len(height), torch.arange(samples) / SAMPLE_RATE
     rate, start = torch.rand(2, count, 1, generator=generator)
     vibrato = 0.02 * torch.sin(2 * math.pi * ((3 + 3 * rate) * t + start))
-    pitch = 90 * 3 ** size[:, None]  # (count, 1), Hz
+    pitch = 90 * 3 ** height[:, None]  # (count, 1), Hz
     phase = 2 * math.pi * (pitch * (1 + vibrato)).cumsum(-1) / SAMPLE_RATE  # (count, L)
     offset = 2 * math.pi * torch.rand(count, N_HARMONICS, generator=generator)
     harmonics = pitch * torch.arange(1, N_HARMONICS + 1)  # (count, 12), Hz
-    octaves = (harmonics / (400 * 4 ** size[:, None])).log2()  # distance from the formant
+    octaves = (harmonics / (400 * 4 ** height[:, None])).log2()  # distance from the formant
     loudness = torch.exp2(-1.5 * octaves.square())
     tone = torch.zeros(count, samples)
     for k in range(N_HARMONICS):
@@ -163,9 +163,9 @@ def alternating_turns(count: int, samples: int, generator: torch.Generator) -> T
 
 
 def turn_taking(count: int, samples: int, generator: torch.Generator) -> Tensor:
-    """Sources whose assignment needs memory: a larger and a smaller voice that speak in turns.
+    """Sources whose assignment needs memory: a higher and a lower voice that speak in turns.
 
-    Their sizes differ by at least 0.25, but nearly every size can be the larger or the smaller one
+    Their heights differ by at least 0.25, but nearly every voice can be the higher or the lower one
     of its mixture. While one voice speaks alone, only the rest of the signal tells which it is.
 
     Args:
@@ -177,12 +177,12 @@ def turn_taking(count: int, samples: int, generator: torch.Generator) -> Tensor:
         Sources of unit power, (count, 2, L), in random order.
     """
     gap = 0.25
-    small = (1 - gap) * torch.rand(count, generator=generator)
-    large = small + gap + (1 - gap - small) * torch.rand(count, generator=generator)
+    low = (1 - gap) * torch.rand(count, generator=generator)
+    high = low + gap + (1 - gap - low) * torch.rand(count, generator=generator)
     swap = torch.rand(count, 1, generator=generator) < 0.5
-    size = torch.stack((small, large), dim=1)
-    size = torch.where(swap, size.flip(1), size)
-    tone = harmonic_voice(size.flatten(), samples, generator).unflatten(0, (count, 2))
+    height = torch.stack((low, high), dim=1)
+    height = torch.where(swap, height.flip(1), height)
+    tone = harmonic_voice(height.flatten(), samples, generator).unflatten(0, (count, 2))
     return unit_power(tone * alternating_turns(count, samples, generator))
 
 
