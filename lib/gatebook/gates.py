@@ -85,7 +85,10 @@ def check_chapter(root: Path, slug: str) -> list[str]:
         return [str(error)]
     if not notebook.is_file():
         return [f"{slug}: chapters/{slug}.yml has no notebook beside it"]
-    source = "\n".join(provenance.code_cells(notebook))
+    try:
+        source = "\n".join(provenance.code_cells(notebook))
+    except (json.JSONDecodeError, KeyError) as error:
+        return [f"{notebook.name}: not readable as a notebook: {error}"]
     both = notebook.read_text(encoding="utf-8") + notebook.with_suffix(".yml").read_text("utf-8")
     faults = check_notebook(notebook, {claim.id for claim in chapter.claims}, _own(source))
     if PLACEHOLDER in both:
