@@ -100,7 +100,7 @@ def check_chapter(root: Path, slug: str) -> list[str]:
 
 def _own(source: str) -> set[str]:
     """Names in `start(..., extra={...})`."""
-    match = re.search(r"start\([^)]*extra\s*=\s*(?:dict\(([^)]*)\)|\{([^}]*)\})", source)
+    match = re.search(r"start\([^\n]*?extra\s*=\s*(?:dict\(([^)]*)\)|\{([^}]*)\})", source)
     if not match:
         return set()
     return set(re.findall(r"[\"']?(\w+)[\"']?\s*[:=]", match[1] or match[2]))
