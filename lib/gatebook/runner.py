@@ -65,7 +65,8 @@ def execute(root: Path, slug: str, parameters: dict[str, Any], output: Path) -> 
             log_output=False,
         )
     except papermill.PapermillExecutionError as error:
-        return f"{slug}: code cell {error.exec_count} failed with {error.ename}: {error.evalue}"
+        number = error.exec_count - bool(parameters)  # papermill puts a cell of its own before it
+        return f"{slug}: code cell {number} failed with {error.ename}: {error.evalue}"
     return None
 
 
