@@ -204,8 +204,8 @@ def why_not_run(chapter: Chapter, claim: Claim, scale: str) -> str:
     reason = "planned, not recorded yet" if planned else claim.not_tested or f"no test at {scale}"
     plan = chapter.scales[scale]
     if scale == "full":
-        hours = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours else ""
-        data = f"{plan.data_gb:g} GB of data" if plan.data_gb else ""
+        hours = f"{plan.gpu_hours:g} GPU-hours" if planned and plan.gpu_hours else ""
+        data = f"{plan.data_gb:g} GB of data" if planned and plan.data_gb else ""
         price = claim.price or ", ".join(filter(None, (hours, data)))
         return f"{reason}; price: {price}" if price else reason
     return reason

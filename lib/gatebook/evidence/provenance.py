@@ -1,4 +1,4 @@
-"""Where a number came from: code, versions, hardware, command, and the hash of all of it."""
+"""Where a number came from: commit, versions, hardware, command, and a hash of the code."""
 
 import ast
 import hashlib
@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-# Modules that turn numbers into verdicts, tables and pictures. A verdict is computed again from
-# the recorded numbers whenever it is read, so editing these cannot make recorded numbers wrong.
+# Modules that run chapters and turn numbers into verdicts, tables and pictures. A verdict is
+# computed again from the recorded numbers whenever it is read, so that editing these is not
+# expected to make recorded numbers wrong.
 PRESENTATION = (
     "gatebook.book",
     "gatebook.cli",

@@ -1,6 +1,6 @@
 """MossFormer (Zhao and Ma, 2023, arXiv 2302.11824): time-domain separation of speakers.
 
-Equations follow the paper; details that it leaves out follow the code its authors released
+Follows the abstract and the code that its authors released; the paper's body was not read
 (modelscope, `models/audio/separation/mossformer*.py`). Symbols and shapes:
 
     B  batch            N  encoder filters       P  chunk length, frames
