@@ -17,8 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # Modules that run chapters and turn numbers into verdicts, tables and pictures. A verdict is
 # computed again from the recorded numbers whenever it is read, so that editing these is not
 # expected to make recorded numbers wrong.
@@ -67,6 +65,8 @@ def chapter_hash(root: Path, slug: str) -> str:
 
 def _decisive(path: Path) -> str:
     """The parts of a chapter's `.yml` that numbers and verdicts depend on: scales and tests."""
+    import yaml  # a benchmark runs without it
+
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     tests = [
         {key: value for key, value in test.items() if key not in ("rationale", "unit")}
