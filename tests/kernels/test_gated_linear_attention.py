@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gatebook.kernels import gla
 
 NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "d initial state")
+PLAIN = ("naive", "parallel", "factorised", "chunked")
 BLOCKS = [(1, 1), (2, 2), (3, 16), (7, 2), (16, 4), (16, 16), (37, 1), (37, 8), (64, 16), (100, 32)]
 
 
@@ -100,6 +101,65 @@ def test_split_sequence_with_carried_state_equals_whole(backend):
         halves.append(o)
     torch.testing.assert_close(torch.cat(halves, 1), whole, atol=1e-10, rtol=0)
     torch.testing.assert_close(state, last, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_reverse_is_flip_call_flip(backend):
+    xs = inputs()
+    options = {"backend": backend, "chunk_size": 8, "subchunk": 4}
+    o, state, *grads, ds0 = everything(xs, reverse=True, **options)
+    flipped = [x.flip(1) for x in xs[:4]]
+    gen = torch.Generator().manual_seed(1)
+    do, ds = (torch.randn(x.shape, generator=gen, dtype=torch.float64) for x in (o, state))
+    leaves = [x.clone().requires_grad_() for x in (*flipped, xs[4])]
+    want, last = gla(*leaves[:4], initial_state=leaves[4], output_final_state=True, backend="naive")
+    loss = (want * do.flip(1)).sum() + (last * ds).sum()
+    *want_grads, want_ds0 = torch.autograd.grad(loss, leaves)
+    want = (want.flip(1), last, *(x.flip(1) for x in want_grads), want_ds0)
+    assert_same((o, state, *grads, ds0), [x.detach() for x in want], 1e-10)
+
+
+def test_reverse_by_hand():
+    ones = torch.ones(1, 3, 1, 1)
+    v = torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)
+    g = torch.tensor([0.5, 0.25, 0.1]).log().view(1, 3, 1, 1)
+    s0 = torch.full((1, 1, 1, 1), 1000.0)
+    o, state = gla(ones, ones, v, g, initial_state=s0, output_final_state=True, reverse=True)
+    # S = 0.1 · 1000 + 100 at the last token, 0.25 · 200 + 10 before it, 0.5 · 60 + 1 at the first
+    torch.testing.assert_close(o.flatten(), torch.tensor([31.0, 60.0, 200.0]))
+    assert state.item() == pytest.approx(31)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("offset_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", PLAIN)
+def test_packed_sequences_equal_separate_calls(backend, offset_type, reverse):
+    lengths = (5, 0, 17, 1, 14, 0)
+    q, k, v, g, _ = inputs(sum(lengths), batch=1)
+    s0 = torch.randn(len(lengths), 2, 5, 3, dtype=torch.float64)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=offset_type)
+    options = {"backend": backend, "reverse": reverse, "chunk_size": 8, "subchunk": 4}
+    packed = everything((q, k, v, g, s0), cu_seqlens=offsets, **options)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, g, s0)]
+    outputs, states = [], []
+    pieces = zip(*(x.split(lengths, 1) for x in leaves[:4]), leaves[4].split(1), strict=True)
+    for *piece, state in pieces:
+        if piece[0].shape[1]:
+            walk = {"initial_state": state, "output_final_state": True, "reverse": reverse}
+            o, state = gla(*piece, backend="naive", **walk)
+            outputs.append(o)
+        states.append(state)
+    o, last = torch.cat(outputs, 1), torch.cat(states)
+    gen = torch.Generator().manual_seed(1)
+    do, ds = (torch.randn(x.shape, generator=gen, dtype=torch.float64) for x in (o, last))
+    grads = torch.autograd.grad((o * do).sum() + (last * ds).sum(), leaves)
+    assert_same(packed, (o.detach(), last.detach(), *grads), 1e-10)
+
+
+def test_one_packed_sequence_is_a_batch_of_one():
+    xs = inputs(batch=1)
+    offsets = torch.tensor([0, 37])
+    assert_same(everything(xs, cu_seqlens=offsets), everything(xs), 0)
 
 
 def test_final_state_only_when_asked():
@@ -282,7 +342,7 @@ def test_splitting_anywhere_changes_nothing(parts, seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "triton"}, "one of auto, naive, parallel, factorised, chunked; got 'triton'"),
+        ({"backend": "cuda"}, "naive, parallel, factorised, chunked, triton; got 'cuda'"),
         ({"chunk_size": 0}, "at least 1 and subchunk a power of two; got 0 and 16"),
         ({"subchunk": 12}, "subchunk a power of two; got 64 and 12"),
         ({"initial_state": torch.zeros(2, 2, 3, 5, dtype=torch.float64)}, r"\[2, 2, 5, 3\]"),
@@ -297,6 +357,40 @@ def test_impossible_requests_say_what_is_allowed(change, message):
     q, k, v, g, _ = inputs()
     with pytest.raises(ValueError, match=message):
         gla(**({"q": q, "k": k, "v": v, "g": g} | change))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 20], r"start at 0, not decrease and end at T = 37; got \[0, 20\]"),
+        ([1, 37], "start at 0"),
+        ([0, 20, 10, 37], "not decrease"),
+        ([0], "end at T = 37"),
+        ([[0, 37]], r"offsets \[N \+ 1\] of type int32 or int64; got \[1, 2\]"),
+        ([0.0, 37.0], "int32 or int64; got .* of torch.float32"),
+    ],
+)
+def test_impossible_offsets_say_what_is_allowed(offsets, message):
+    q, k, v, g, _ = inputs(batch=1)
+    with pytest.raises(ValueError, match=message):
+        gla(q, k, v, g, cu_seqlens=torch.tensor(offsets))
+
+
+def test_packing_needs_a_batch_of_one_and_a_state_for_each_sequence():
+    q, k, v, g, s0 = inputs()
+    offsets = torch.tensor([0, 20, 30, 37])
+    with pytest.raises(ValueError, match="needs B = 1; got B = 2"):
+        gla(q, k, v, g, cu_seqlens=offsets)
+    with pytest.raises(ValueError, match=r"shape \[3, 2, 5, 3\]"):
+        gla(*(x[:1] for x in (q, k, v, g)), initial_state=s0, cu_seqlens=offsets)
+
+
+def test_tensors_on_two_devices_raise():
+    q, k, v, g, s0 = inputs()
+    with pytest.raises(ValueError, match="one device; got cpu, cpu, meta, cpu"):
+        gla(q, k, v.to("meta"), g)
+    with pytest.raises(ValueError, match=r"device cpu; got .* and meta"):
+        gla(q, k, v, g, initial_state=s0.to("meta"))
 
 
 def test_no_tokens_raises():

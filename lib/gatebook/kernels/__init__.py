@@ -5,5 +5,6 @@ Layout: `[B, T, H, D]` (batch, time, heads, channels). Gates are natural-log gat
 
 from gatebook.kernels.attention import naive_softmax_attention, softmax_attention
 from gatebook.kernels.gated_linear_attention import gla
+from gatebook.kernels.gated_linear_attention.bidirectional import bidirectional_gla
 
-__all__ = ["gla", "naive_softmax_attention", "softmax_attention"]
+__all__ = ["bidirectional_gla", "gla", "naive_softmax_attention", "softmax_attention"]

@@ -1,5 +1,6 @@
-"""Gated linear attention from the paper's equations (Yang et al. 2023, arXiv 2312.06635).
+"""Gated linear attention from the papers' equations.
 
+Causal: Yang et al. 2023, arXiv 2312.06635. Bidirectional: Liao et al. 2024, arXiv 2405.18425.
 These forms are for reading, for testing and for showing what goes wrong; they are slow.
 Shapes: B batch, T tokens, H heads, K key channels, V value channels; gates g = log α ≤ 0.
 """
@@ -41,15 +42,19 @@ def parallel_gla(
     Arguments and results as `naive_gla`.
     """
     b = g.cumsum(1)
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-    decay = (b.unsqueeze(2) - b.unsqueeze(1)).masked_fill(future[..., None, None], -torch.inf).exp()
-    p = scale * torch.einsum("bihk,bjhk,bijhk->bhij", q, k, decay)
+    p = scale * torch.einsum("bihk,bjhk,bijhk->bhij", q, k, _decay(b))
     from_state = scale * torch.einsum("bthk,bhkv->bthv", q * b.exp(), state)
     last = torch.einsum("bthk,bthv->bhkv", k * (b[:, -1:] - b).exp(), v)
     return (
         torch.einsum("bhij,bjhv->bihv", p, v) + from_state,
         b[:, -1].exp().unsqueeze(-1) * state + last,
     )
+
+
+def _decay(b: Tensor) -> Tensor:
+    """exp(b_i − b_j) for i ≥ j, else 0: `[B, T, H, K]` to `[B, T, T, H, K]`."""
+    future = torch.ones(b.shape[1], b.shape[1], dtype=torch.bool, device=b.device).triu(1)
+    return (b.unsqueeze(2) - b.unsqueeze(1)).masked_fill(future[..., None, None], -torch.inf).exp()
 
 
 def factorised_gla(
@@ -69,3 +74,28 @@ def factorised_gla(
         torch.einsum("bhij,bjhv->bihv", p.tril(), v) + from_state,
         b[:, -1].unsqueeze(-1) * (state + last),
     )
+
+
+def parallel_bidirectional_gla(
+    q: Tensor, k: Tensor, v: Tensor, g_forward: Tensor, g_backward: Tensor, scale: float
+) -> Tensor:
+    """Both directions as one matrix, o = A v (ViG), with b_t = Σ_{s ≤ t} log α→_s from the front
+    and c_t = Σ_{s ≥ t} log α←_s from the back:
+
+    A_ij = s/2 Σ_c q_ic k_jc ([j ≤ i] exp(b_ic − b_jc) + [j ≥ i] exp(c_ic − c_jc)).
+
+    Args:
+        q: Queries `[B, T, H, K]`.
+        k: Keys `[B, T, H, K]`.
+        v: Values `[B, T, H, V]`.
+        g_forward: Natural-log gates log α→ `[B, T, H, K]`.
+        g_backward: Natural-log gates log α← `[B, T, H, K]`.
+        scale: The factor s on the output.
+
+    Returns:
+        The outputs `[B, T, H, V]`.
+    """
+    from_left = _decay(g_forward.cumsum(1))
+    from_right = _decay(g_backward.flip(1).cumsum(1)).flip(1, 2)
+    a = scale / 2 * torch.einsum("bihk,bjhk,bijhk->bhij", q, k, from_left + from_right)
+    return torch.einsum("bhij,bjhv->bihv", a, v)
