@@ -2,13 +2,14 @@
 PYTHON ?= python3
 NAME ?= gla
 SCALE ?= small
+SUITE ?= cpu
 PORT ?= 8000
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: book test chapter bench serve clean setup
+.PHONY: book test chapter bench bench-report serve clean setup
 
 setup: .venv/ready
 
@@ -36,8 +37,11 @@ test: setup  ## everything that CI runs
 chapter: setup  ## make chapter NAME=gla SCALE=small
 	$(BIN)/gatebook run $(NAME) --scale $(SCALE)
 
-bench: setup  ## timings on this machine; asserts nothing
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+bench: setup  ## measures the kernels and records it; make bench SUITE=gpu on a machine with one
+	$(BIN)/python benchmarks/kernels.py $(SUITE)
+
+bench-report: setup  ## make -s bench-report: every recorded benchmark, tab-separated
+	@$(BIN)/python benchmarks/report.py
 
 serve: book
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html

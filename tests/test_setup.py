@@ -58,8 +58,8 @@ def test_the_environment_satisfies_the_requirements(root: Path) -> None:
 
 def test_the_readme_shows_targets_and_files_that_exist(root: Path) -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE))
-    shown = set(re.findall(r"^(?:\$ )?make ([a-z]+)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"^(?:\$ )?make (?:-s )?([a-z-]+)", text, re.MULTILINE))
     assert {"book", "test"} <= shown <= targets
     for name in re.findall(r"^(?:\$ )?papermill (\S+)", text, re.MULTILINE):
         assert (root / name).is_file()

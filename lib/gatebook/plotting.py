@@ -94,6 +94,14 @@ def series(index: int) -> str:
 def show(fig: Figure, alt: str, caption: str) -> None:
     """Display a figure with alternative text and a caption, and close it.
 
+    Args, Raises as `figure`.
+    """
+    _display(figure(fig, alt, caption))
+
+
+def figure(fig: Figure, alt: str, caption: str) -> str:
+    """A figure as HTML with alternative text and a caption; closes it.
+
     Args:
         fig: the figure.
         alt: what the picture shows, for those who do not see it.
@@ -109,7 +117,7 @@ def show(fig: Figure, alt: str, caption: str) -> None:
     fig.savefig(buffer, format="webp", dpi=150, bbox_inches="tight", pil_kwargs=quality)
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
-    _display(
+    return (
         f'<figure class="gb-figure"><img alt="{html.escape(alt, quote=True)}" '
         f'src="data:image/webp;base64,{data}"><figcaption>{html.escape(caption)}</figcaption>'
         "</figure>"

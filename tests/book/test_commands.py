@@ -1,7 +1,9 @@
 """Every command that a page or the README shows exists, with the options that are shown."""
 
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ from gatebook.evidence import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").glob("*.md"))]
-KNOWN = {"make", "gatebook", "papermill", "source"}
+KNOWN = {"make", "gatebook", "papermill", "python", "source"}
 
 
 def commands(text: str) -> list[str]:
@@ -31,13 +33,31 @@ def check(command: str) -> None:
     if program not in KNOWN:
         raise ValueError(f"no test knows {program!r}")
     if program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-        if words[0] not in targets:
-            raise ValueError(f"no target {words[0]!r}")
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        asked = [word for word in words if "=" not in word and word != "-s"]
+        if not set(asked) <= set(targets):
+            raise ValueError(f"no target {asked[0]!r}")
     if program == "papermill" and not (ROOT / words[0]).is_file():
         raise ValueError(f"no notebook {words[0]!r}")
     if program == "gatebook":
         _check_gatebook(words)
+    if program == "python":
+        _check_benchmark(*words)
+
+
+def _check_benchmark(script: str, *words: str) -> None:
+    """The scripts in `benchmarks/` that take options have a function `parser`."""
+    if not (ROOT / script).is_file():
+        raise ValueError(f"no script {script!r}")
+    spec = importlib.util.spec_from_file_location("shown_script", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    try:
+        parser = module.parser()
+        module.checked(parser.parse_args(words), parser)
+    except SystemExit as error:
+        raise ValueError(f"no such options: {' '.join(words)}") from error
 
 
 def _check_gatebook(words: list[str]) -> None:
@@ -71,6 +91,10 @@ def test_shown_command_exists(page: str, command: str) -> None:
         "gatebook run gla --frobnicate",
         "gatebook run nowhere",
         "papermill chapters/nowhere.ipynb out.ipynb",
+        "make -s bench-reports",
+        "python benchmarks/nowhere.py",
+        "python benchmarks/kernels.py gpus",
+        "python benchmarks/kernels.py gpu --cases none",
         "curl example.org",
     ],
 )

@@ -316,6 +316,37 @@ def _numbers(row: Row) -> str:
     return f'{shown}<details class="gb-small">{summary}{folded}</details>'
 
 
+# --- some claims on another page --------------------------------------------------------------
+
+
+def claims_table(lines: Iterable[ClaimLine], *, scoreboard: str) -> str:
+    """Some claims with their verdicts, as on the scoreboard.
+
+    Args:
+        lines: The claims.
+        scoreboard: Address of the scoreboard.
+
+    Returns:
+        HTML.
+    """
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("claim", "paper’s figure", *SCALES))
+    rows = "".join(
+        f'<tr><th scope="row" data-label="claim">'
+        f"{_link(f'{scoreboard}#{line.anchor}', f'{line.chapter} {line.claim}')} "
+        f"{escape(line.statement)}</th>"
+        f'<td data-label="paper’s figure">{escape(line.paper)}</td>'
+        + "".join(_scale_cell(line, scale) for scale in SCALES)
+        + "</tr>"
+        for line in lines
+    )
+    return (
+        '<div class="gb-scroll" role="region" aria-label="Claims" tabindex="0">'
+        f'<table class="gb-table gb-some-claims"><caption class="gb-hidden">Claims with their '
+        f"verdict at each scale</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
 # --- the summary on the first page ----------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
-"""Sphinx extension: chapter badges, the scoreboard and its summary, the API pages.
+"""Sphinx extension: chapter badges, the scoreboard and its summary, benchmarks, the API pages.
 
-Everything is built from the ledger when the book is built. Pages are read again when the ledger
-has changed, so a partial build never shows an old verdict.
+Everything is built from the ledger and the recorded benchmarks when the book is built. Pages are
+read again when these have changed, so a partial build never shows an old verdict or number.
 """
 
 import hashlib
@@ -20,12 +20,15 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
-from gatebook.book import render
+from gatebook.book import kernels, render
 from gatebook.book.papers import papers
+from gatebook.errors import unknown
 from gatebook.evidence import ledger
+from gatebook.measure import records
 
 CHAPTERS = "chapters/"
 SCOREBOARD = "book/scoreboard"
+KERNELS = "book/kernels"
 TSV = "scoreboard.tsv"
 
 
@@ -51,6 +54,42 @@ class SummaryDirective(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Leave a placeholder; the summary is filled in when addresses are known."""
         return [summary_node()]
+
+
+class kernels_node(nodes.General, nodes.Element):  # noqa: N801 - docutils' convention
+    """Placeholder for a part of the page on kernels."""
+
+
+class claims_node(nodes.General, nodes.Element):  # noqa: N801 - docutils' convention
+    """Placeholder for some claims of a chapter."""
+
+
+class KernelsDirective(SphinxDirective):
+    """``{kernels} PART``: a table or figure from the recorded benchmarks."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Leave a placeholder; the part is filled in when the page is written."""
+        part = self.arguments[0]
+        if part not in kernels.PARTS:
+            raise self.error(unknown("part", part, kernels.PARTS))
+        return [kernels_node(part=part)]
+
+
+class ClaimsDirective(SphinxDirective):
+    """``{claims} SLUG C1 C2``: some claims of a chapter with their verdicts."""
+
+    required_arguments = 2
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Leave a placeholder; the table is filled in when addresses are known."""
+        slug, claims = self.arguments[0], self.arguments[1].split()
+        chapter = ledger.load_chapter(Path(self.env.srcdir), slug)
+        for claim in claims:
+            chapter.claim(claim)  # raises if there is none
+        return [claims_node(slug=slug, claims=claims)]
 
 
 class ApiDirective(SphinxDirective):
@@ -151,15 +190,23 @@ def _rows(app: Sphinx) -> list[dict[str, str]]:
     return app.gatebook_rows
 
 
+def _benchmarks(app: Sphinx) -> kernels.Results:
+    if not hasattr(app, "gatebook_benchmarks"):
+        app.gatebook_benchmarks = kernels.load(_root(app))
+    return app.gatebook_benchmarks
+
+
 def _outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> Iterable[str]:
-    """Read every page with verdicts again when the ledger differs from the last build's."""
-    digest = hashlib.sha256(json.dumps(_rows(app), sort_keys=True).encode()).hexdigest()
+    """Read every page with verdicts or benchmarks again when these differ from the last build's."""
+    measured = records.rows((*_benchmarks(app).gpu, *_benchmarks(app).cpu))
+    shown = json.dumps([_rows(app), measured], sort_keys=True)
+    digest = hashlib.sha256(shown.encode()).hexdigest()
     if getattr(env, "gatebook_digest", None) == digest:
         return []
     env.gatebook_digest = digest
-    pages = {SCOREBOARD, app.config.root_doc}
+    pages = {SCOREBOARD, KERNELS, app.config.root_doc}
     return [d for d in env.found_docs if d in pages or d.startswith(CHAPTERS)]
 
 
@@ -175,6 +222,16 @@ def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         node.replace_self(_raw(_scoreboard(app, docname)))
     for node in list(doctree.findall(summary_node)):
         node.replace_self(_raw(_summary(app, docname)))
+    for node in list(doctree.findall(kernels_node)):
+        node.replace_self(_raw(kernels.PARTS[node["part"]](_benchmarks(app))))
+    for node in list(doctree.findall(claims_node)):
+        node.replace_self(_raw(_some_claims(app, docname, node["slug"], node["claims"])))
+
+
+def _some_claims(app: Sphinx, docname: str, slug: str, claims: list[str]) -> str:
+    lines = [line for line in _claims(app)[slug] if line.claim in claims]
+    scoreboard = app.builder.get_relative_uri(docname, SCOREBOARD)
+    return render.claims_table(lines, scoreboard=scoreboard)
 
 
 def _keep_tags(node: nodes.math_block) -> None:
@@ -250,10 +307,12 @@ def _write_tsv(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives and events."""
-    for node in (scoreboard_node, summary_node):
+    for node in (scoreboard_node, summary_node, kernels_node, claims_node):
         app.add_node(node, **{b: (_skip, None) for b in ("latex", "text", "man", "texinfo")})
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("scoreboard-summary", SummaryDirective)
+    app.add_directive("kernels", KernelsDirective)
+    app.add_directive("claims", ClaimsDirective)
     app.add_directive("api", ApiDirective)
     app.connect("env-get-outdated", _outdated)
     app.connect("autodoc-process-docstring", _clean_docstring, priority=400)  # before napoleon

@@ -1,0 +1,431 @@
+"""The page book/kernels: tables and figures from the recorded benchmarks.
+
+Each function of `PARTS` turns the results files into HTML. No number on the page comes from
+anywhere else. What was not measured says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from gatebook.measure import records
+from gatebook.measure.records import Run
+
+RESULTS = Path("benchmarks") / "results"
+COMMANDS = {
+    "cuda": "python benchmarks/kernels.py gpu",
+    "cpu": "python benchmarks/kernels.py cpu",
+}
+NAMES = {
+    "ours": "ours",
+    "fla": "flash-linear-attention",
+    "sdpa-flash": "FlashAttention-2",
+    "sdpa-cudnn": "cuDNN attention",
+    "sdpa": "softmax attention",
+    "chunked": "ours, plain PyTorch",
+    "naive": "recurrence",
+    "flips": "two causal calls",
+    "causal": "one causal call",
+    "floor": "floor",
+}
+HEADS = {"fwd": "forward", "fwdbwd": "forward + backward"}
+TIMES = ("fwd", "fwdbwd")
+MILLION = {"gla-340m": "340M", "gla-1.3b": "1.3B"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs that the page shows: the newest first, one kind of hardware each."""
+
+    gpu: tuple[Run, ...]
+    cpu: tuple[Run, ...]
+
+    def of(self, case: str) -> tuple[Run, ...]:
+        """The runs that a case belongs to."""
+        return self.cpu if case.endswith("-cpu") else self.gpu
+
+    def series(self, case: str, metric: str, method: str) -> dict[int, float]:
+        """A metric against length."""
+        return records.series(self.of(case), case, metric, method)
+
+    def ratios(self, case: str, metric: str, baseline: str) -> dict[int, float]:
+        """How many times better ours is than a baseline of the same run, against length."""
+        found: dict[int, float] = {}
+        for run in self.of(case):
+            ours, other = (records.series([run], case, metric, m) for m in ("ours", baseline))
+            for T in set(ours) & set(other):
+                ratio = records.ratio(metric, ours[T], other[T])
+                if ratio is not None:
+                    found.setdefault(T, ratio)
+        return dict(sorted(found.items()))
+
+    def methods(self, case: str, metric: str) -> list[str]:
+        """The methods that were measured, in the order of `NAMES`."""
+        there = {
+            r.method
+            for run in self.of(case)
+            for r in run.records
+            if (r.case, r.metric) == (case, metric)
+        }
+        return [name for name in NAMES if name in there]
+
+
+def load(root: Path) -> Results:
+    """The results to show.
+
+    Raises:
+        RecordError: A results file cannot be read.
+    """
+    runs = records.load(root / RESULTS)
+    return Results(_of_newest_hardware(runs, "cuda"), _of_newest_hardware(runs, "cpu"))
+
+
+def _of_newest_hardware(runs: Sequence[Run], device: str) -> tuple[Run, ...]:
+    suite = {"cuda": "gpu", "cpu": "cpu"}[device]  # a trial of the GPU suite on a CPU is not shown
+    fitting = [run for run in runs if run.device == device and run.about["suite"] == suite]
+    return tuple(run for run in fitting if run.hardware == fitting[0].hardware)
+
+
+# --- pieces ---------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, trailing zeros too; without an exponent where that is readable."""
+    if value is None:
+        return "–"
+    if value and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def times(value: float) -> str:
+    """How many times better, to two digits."""
+    return f"{value:.0f} ×" if value >= 9.95 else f"{value:.{1 if value >= 1 else 2}f} ×"
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a caption; each row's first cell is its head. Cells are plain text."""
+    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in rows
+    )
+    label = escape(caption, quote=True)
+    return (
+        f'<div class="gb-scroll" role="region" aria-label="{label}" tabindex="0">'
+        f'<table class="gb-numbers"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def fold(summary: str, html: str) -> str:
+    """Something long behind one line that opens it."""
+    return f'<details class="gb-fold"><summary>{escape(summary)}</summary>{html}</details>'
+
+
+def missing(device: str) -> str:
+    """What a part shows while its numbers are missing."""
+    return (
+        '<p class="gb-missing">Not measured yet: <code>'
+        f"{COMMANDS[device]}</code> records the numbers that belong here.</p>"
+    )
+
+
+# --- what it ran on -------------------------------------------------------------------------
+
+
+def provenance(results: Results) -> str:
+    """The runs behind the page: hardware, versions, date."""
+    shown = (*results.gpu, *results.cpu)
+    if not shown:
+        return missing("cuda") + missing("cpu")
+    head = ("results file", "hardware", "copy", "bf16 matmul", "torch", "Triton", "date", "commit")
+    rows = [
+        (
+            run.name,
+            run.hardware,
+            _machine(run, "copy"),
+            _machine(run, "matmul"),
+            run.about["versions"].get("torch", "–"),
+            run.about["versions"].get("triton", "–"),
+            run.date[:10],
+            run.about.get("commit", "–"),
+        )
+        for run in shown
+    ]
+    return table("What the numbers on this page were measured on", head, rows)
+
+
+def _machine(run: Run, metric: str) -> str:
+    found = records.series([run], "machine", metric, "ours")
+    return f"{number(found[0])} {records.unit(metric)}" if found else "–"
+
+
+# --- tables of times ------------------------------------------------------------------------
+
+
+def times_table(results: Results, case: str, metric: str, caption: str) -> str:
+    """One metric of a case: ours, every other method, and how many times faster ours is."""
+    others = [name for name in results.methods(case, metric) if name not in ("ours", "floor")]
+    ours = results.series(case, metric, "ours")
+    fraction = results.ratios(case, metric, "floor")
+    head = ["T", "ours", *(NAMES[name] for name in others), *(["floor reached"] * bool(fraction))]
+    rows = [
+        [
+            f"{T:,}",
+            number(ours[T]),
+            *(_beside(results, case, metric, name, T) for name in others),
+            *([_percent(fraction.get(T))] * bool(fraction)),
+        ]
+        for T in ours
+    ]
+    return table(caption, head, rows)
+
+
+def _beside(results: Results, case: str, metric: str, name: str, T: int) -> str:
+    value = results.series(case, metric, name).get(T)
+    ratio = results.ratios(case, metric, name).get(T)
+    return number(value) if ratio is None else f"{number(value)} ({times(ratio)})"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def speed(results: Results) -> str:
+    """Speed against length for both of the paper's sizes."""
+    from gatebook.book import kernel_figures
+
+    parts = []
+    for case, name in MILLION.items():
+        if not results.series(case, "fwd", "ours"):
+            continue
+        tables = "".join(
+            times_table(results, case, metric, f"GLA-{name}, {HEADS[metric]}: ms (times faster)")
+            for metric in TIMES
+        )
+        parts.append(kernel_figures.speed(results, case, name))
+        parts.append(fold(f"GLA-{name} in numbers", tables))
+    return "".join(parts) or missing("cuda")
+
+
+def memory(results: Results) -> str:
+    """Memory against length."""
+    from gatebook.book import kernel_figures
+
+    if not results.series("gla-340m", "memory", "ours"):
+        return missing("cuda")
+    caption = "GLA-340M, forward + backward: MiB beyond the inputs (times less)"
+    numbers = times_table(results, "gla-340m", "memory", caption)
+    return kernel_figures.memory(results) + fold("Memory in numbers", numbers)
+
+
+def floor(results: Results) -> str:
+    """The fraction of the bandwidth floor that is reached."""
+    from gatebook.book import kernel_figures
+
+    found = any(results.ratios(case, "fwd", "floor") for case in MILLION)
+    return kernel_figures.floor(results) if found else missing("cuda")
+
+
+def error(results: Results) -> str:
+    """Errors against float64 for output and gradients."""
+    from gatebook.book import kernel_figures
+
+    if not results.series("gla-340m", "error", "ours"):
+        return missing("cuda")
+    return kernel_figures.error(results) + _error_table(results)
+
+
+def _error_table(results: Results) -> str:
+    tensors = {"o": "o", "dq": "dq", "dk": "dk", "dv": "dv", "dg": "d log α"}
+    rows = []
+    for case in ("gla-340m", "gla-1.3b", "bigla-340m"):
+        for method in ("ours", "fla", "chunked"):
+            largest = {name: _largest(results, case, f"error_{name}", method) for name in tensors}
+            if case.startswith("bigla"):
+                both = (f"error_dg_{way}" for way in ("forward", "backward"))
+                found = [x for m in both if (x := _largest(results, case, m, method)) is not None]
+                largest["dg"] = max(found, default=None)
+            if largest["o"] is not None:
+                rows.append((f"{case}, {NAMES[method]}", *(map(number, largest.values()))))
+    caption = "Relative RMS error against float64, the largest over all lengths"
+    return table(caption, ("", *tensors.values()), rows)
+
+
+def _largest(results: Results, case: str, metric: str, method: str) -> float | None:
+    return max(results.series(case, metric, method).values(), default=None)
+
+
+def both_directions(results: Results) -> str:
+    """The bidirectional operator beside what one would do without it."""
+    case = "bigla-340m"
+    if not results.series(case, "fwd", "ours"):
+        return missing("cuda")
+    caption = "Both directions, {}: ms (times faster)"
+    return "".join(
+        times_table(results, case, metric, caption.format(HEADS[metric])) for metric in TIMES
+    )
+
+
+def short(results: Results) -> str:
+    """Short sequences one by one, and the decoding step."""
+    parts = []
+    case = "gla-340m-batch1"
+    for metric in ("fwd_wall", "fwdbwd_wall"):
+        if results.series(case, metric, "ours"):
+            name = HEADS[metric.removesuffix("_wall")]
+            caption = f"One short sequence a call, {name}, launches included: ms (times faster)"
+            parts.append(times_table(results, case, metric, caption))
+    if results.series("decode-340m", "fwd", "ours"):
+        caption = "One token for each of 64 sequences, states read and written: ms (times faster)"
+        parts.append(times_table(results, "decode-340m", "fwd", caption))
+    return "".join(parts) or missing("cuda")
+
+
+def cpu(results: Results) -> str:
+    """Chunkwise PyTorch on a CPU, with the crossover."""
+    from gatebook.book import kernel_figures
+
+    case = "gla-340m-cpu"
+    if not results.series(case, "fwd", "ours"):
+        return missing("cpu")
+    tables = "".join(
+        times_table(results, case, metric, f"On a CPU, {HEADS[metric]}: ms (times faster)")
+        for metric in TIMES
+    )
+    numbers = fold("The CPU in numbers", tables)
+    return kernel_figures.cpu(results, case) + _cpu_words(results, case) + numbers
+
+
+def _cpu_words(results: Results, case: str) -> str:
+    ours, other = (results.series(case, "fwdbwd", name) for name in ("ours", "sdpa"))
+    at = records.crossover(ours, other)
+    largest = _largest(results, case, "error", "ours")
+    faster = f"from about {number(at)} tokens on" if at else "at no length measured here"
+    return (
+        f"<p>Forward and backward together, the chunkwise form is faster than softmax attention "
+        f"{faster}. Its largest relative error against float64, over all lengths, the output and "
+        f"the gradients, is {number(largest)}.</p>"
+    )
+
+
+def figure_2(results: Results) -> str:
+    """The measurement of the paper's Figure 2 on our kernels."""
+    if not results.series("fig2", "fwd", "ours"):
+        return missing("cuda")
+    caption = "The shape of Figure 2, forward: ms (times faster)"
+    return times_table(results, "fig2", "fwd", caption)
+
+
+def training(results: Results) -> str:
+    """Forward and backward of the paper's larger model, beside softmax attention."""
+    if not results.series("gla-1.3b", "fwdbwd", "ours"):
+        return missing("cuda")
+    caption = "GLA-1.3B, forward + backward: ms (times faster)"
+    return times_table(results, "gla-1.3b", "fwdbwd", caption)
+
+
+# --- what was to be reached -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A limit that was set before the kernels were written.
+
+    `kind` is "at most" (a value), "times faster" (baseline / ours, at least), "times as long"
+    (ours / baseline, at most) or "of the floor" (a fraction, at least). Over several lengths the
+    worst one counts.
+    """
+
+    words: str
+    case: str
+    metric: str
+    kind: str
+    reach: float
+    aim: float | None = None
+    baseline: str = ""
+    lengths: Sequence[int] = ()  # empty: every length that was measured
+
+
+@cache
+def all_targets() -> tuple[Target, ...]:
+    """The targets of ``targets.yml``, which lies beside this module."""
+    text = resources.files(__package__).joinpath("targets.yml").read_text("utf-8")
+    return tuple(Target(**entry) for entry in yaml.safe_load(text))
+
+
+def reached(target: Target, results: Results) -> float | None:
+    """What was measured for a target, the worst of its lengths; None if nothing was."""
+    if target.kind == "at most":
+        found = results.series(target.case, target.metric, "ours")
+    else:
+        found = results.ratios(target.case, target.metric, target.baseline)
+    values = [x for T, x in found.items() if not target.lengths or T in target.lengths]
+    if not values:
+        return None
+    worst = max(values) if target.kind == "at most" else min(values)
+    return 1 / worst if target.kind == "times as long" else worst
+
+
+def outcome(target: Target, value: float | None) -> str:
+    """Whether a target was met: "aim reached", "reached", "missed" or "not measured"."""
+    if value is None:
+        return "not measured"
+    sign = 1 if target.kind in ("at most", "times as long") else -1
+    if target.aim is not None and sign * value <= sign * target.aim:
+        return "aim reached"
+    return "reached" if sign * value <= sign * target.reach else "missed"
+
+
+def targets(results: Results) -> str:
+    """Every target with what was measured."""
+    rows = []
+    for target in all_targets():
+        value = reached(target, results)
+        sign = "≤ " if target.kind in ("at most", "times as long") else "≥ "
+        limits = (
+            "–" if x is None else sign + _amount(target, x) for x in (target.reach, target.aim)
+        )
+        measured = "–" if value is None else _amount(target, value)
+        rows.append((target.words, *limits, measured, outcome(target, value)))
+    head = ("what", "to reach", "aim", "measured", "outcome")
+    return table("What was to be reached on one H100", head, rows)
+
+
+def _amount(target: Target, value: float) -> str:
+    if target.kind == "of the floor":
+        return f"{100 * value:.0f} %"
+    if target.kind == "at most":
+        return f"{number(value)} {records.unit(target.metric)}"
+    return f"{value:.2f} ×"
+
+
+def tiles(results: Results) -> str:
+    """The drawing of the tiles; it needs no results."""
+    from gatebook.book import tiles as drawing
+
+    return drawing.draw()
+
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "provenance": provenance,
+    "tiles": tiles,
+    "speed": speed,
+    "memory": memory,
+    "floor": floor,
+    "error": error,
+    "both-directions": both_directions,
+    "short": short,
+    "cpu": cpu,
+    "figure-2": figure_2,
+    "training": training,
+    "targets": targets,
+}
