@@ -307,9 +307,12 @@ class Session:
         where = f"{case:<16} T={T or '':<6} {metric:<11} {method:<10}"
         print(f"{where} {value:>10.4g} {unit:<8} [{self.elapsed():.1f} s]", flush=True)
 
-    def fail(self, case: str, metric: str, T: int | None, method: str, why: object) -> None:
+    def fail(
+        self, case: str, metric: str, T: int | None, method: str, why: Exception | str
+    ) -> None:
         """Report what could not be measured."""
-        words = " ".join(str(why).split())[:200] or type(why).__name__
+        kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
+        words = kind + " ".join(str(why).split())[:200]
         self.failures.append(f"{case} T={T} {metric} {method}: {words}")
         print(f"failed: {self.failures[-1]}", flush=True)
 
@@ -334,13 +337,12 @@ def milliseconds(call: Callable[[], object], options: argparse.Namespace) -> flo
     return measure.latency(call, device=options.device, min_seconds=seconds)
 
 
-def wall_milliseconds(call: Callable[[], object], options: argparse.Namespace) -> float:
+def wall_milliseconds(call: Callable[[], object], device: str) -> float:
     """Time of a call when calls follow one another, launches included; the median of five rounds.
 
     `do_bench` clears a cache before each call, which hides the time that launching takes.
     """
-    device, rounds = options.device, []
-    calls = max(1, min(50, round(1000 * options.seconds / milliseconds(call, options))))
+    rounds, calls = [], 50 if device == "cuda" else 1
     for _ in range(6):
         _synchronise(device)
         start = time.perf_counter()
@@ -370,7 +372,7 @@ def timings(op: Operator, metrics: Iterable[str], options: argparse.Namespace) -
             both()
             yield metric, measure.peak_memory(both) / 2**20
         elif name in calls and wall:
-            yield metric, wall_milliseconds(calls[name], options)
+            yield metric, wall_milliseconds(calls[name], options.device)
         elif metric in calls:
             yield metric, milliseconds(calls[metric], options)
 
