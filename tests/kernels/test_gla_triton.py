@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gatebook.kernels import bidirectional_gla, gla
 from gatebook.kernels.gated_linear_attention.naive import parallel_bidirectional_gla
+from gatebook.models.gla import GLAConfig, GLALanguageModel
 from kernels.gla_cases import (
     FEATURES,
     GATED,
@@ -60,13 +61,12 @@ def test_any_key_and_value_width(case):
     assert_right(causal(case, xs), reference(case, xs), xs)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @parametrise(Case(length=130), Case(length=17, keys=24, values=40, reverse=True), *GATED)
-def test_half_precision(case, dtype):
-    case = replace(case, dtype=dtype)
+def test_bfloat16(case):
+    case = replace(case, dtype="bfloat16")
     xs = inputs(case)
     found = causal(case, xs)
-    assert {found[name].dtype for name in ("o", "dq", "dk", "dv")} == {getattr(torch, dtype)}
+    assert {found[name].dtype for name in ("o", "dq", "dk", "dv")} == {torch.bfloat16}
     assert {found[name].dtype for name in ("final state", "dg")} == {torch.float32}
     assert_right(found, reference(case, xs), xs)
 
@@ -77,10 +77,9 @@ def test_bidirectional_is_the_mean_of_a_recurrence_from_each_end(case):
     assert_right(bidirectional(case, xs), bidirectional_reference(case, xs), xs)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @parametrise(Case(length=130, **STATELESS), Case(length=40, gate="by channel", **STATELESS))
-def test_bidirectional_in_half_precision(case, dtype):
-    case = replace(case, dtype=dtype)
+def test_bidirectional_in_bfloat16(case):
+    case = replace(case, dtype="bfloat16")
     xs = inputs(case, n_gates=2)
     assert_right(bidirectional(case, xs), bidirectional_reference(case, xs), xs)
 
@@ -140,6 +139,21 @@ def test_the_first_token_of_decoding_needs_no_state():
     assert gla(q, k, v, g, backend="triton")[1] is None
 
 
+@pytest.mark.parametrize("gate", ["fixed", "scalar", "vector"])
+def test_the_language_model_decodes_from_its_states(gate):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32}
+    model = GLALanguageModel(GLAConfig(**sizes, gate=gate, backend="triton"))
+    tokens = torch.randint(11, (2, 12))
+    with torch.no_grad():
+        logits, states = model.continue_from(tokens[:, :8], None)
+        for t in range(8, 12):
+            one, states = model.continue_from(tokens[:, t : t + 1], states)
+            logits = torch.cat([logits, one], 1)
+    whole = model.continue_from(tokens, None)[0]
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+
+
 @given(length=st.integers(2, 70), cut=st.integers(0, 68), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
 def test_outputs_do_not_see_the_future(length, cut, seed):
@@ -190,7 +204,8 @@ def test_swapping_the_gates_of_a_flipped_sequence_flips_the_outputs(length, seed
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float64"}, r"bfloat16.* or float32 .*got torch.float64"),
+        ({"dtype": "float16"}, r"bfloat16 or float32 .*got torch.float16"),
+        ({"dtype": "float64"}, r"bfloat16 or float32 .*got torch.float64"),
         ({"keys": 257}, "at most 256 key and 512 value channels; got 257 and 32"),
         ({"values": 513}, "at most 256 key and 512 value channels; got 16 and 513"),
     ],
