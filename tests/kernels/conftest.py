@@ -11,10 +11,10 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """Rounds to bfloat16 and multiplies it as hardware does.
+    """Converts to bfloat16 and multiplies it as hardware does.
 
-    The interpreter of Triton 3.7 cuts bits off instead of rounding, and takes the product of two
-    bfloat16 matrices as that of the integers with the same bits.
+    The interpreter of Triton 3.7 cuts bits off instead of rounding, takes 1 for the number with the
+    bits of the integer 1, and multiplies matrices as if their bits were integers.
     """
     if torch.cuda.is_available():
         pytest.skip("Triton compiles where there is a GPU")
@@ -25,9 +25,9 @@ def interpreter():
         return cast(builder, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     def rounded_cast(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
-            bits = torch.tensor(src.data).to(torch.bfloat16).view(torch.uint16).numpy()
-            return runtime.TensorHandle(bits, tl.bfloat16)
+        if dst_type.scalar == tl.bfloat16 != src.dtype.scalar:
+            rounded = torch.tensor(src.data.astype("float32")).to(torch.bfloat16)
+            return runtime.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         return cast(self, src, dst_type)
 
     def float32_dot(self, a, b, *args):
