@@ -106,3 +106,13 @@ def test_the_crossover_of_two_power_laws_is_exact() -> None:
     assert records.crossover(square, linear) is None
     assert records.crossover(linear, {T: 2 * ms for T, ms in linear.items()}) is None
     assert records.crossover({}, square) is None
+
+
+def test_where_ours_is_faster_in_words() -> None:
+    one, two = {1000: 1.0, 2000: 1.0}, {1000: 2.0, 2000: 2.0}
+    assert records.faster_from(one, two) == "at every length measured"
+    assert records.faster_from(two, one) == "at no length measured"
+    assert records.faster_from({}, one) == "(not measured)"
+    assert records.faster_from({500: 5.0, 2000: 20.0}, {500: 2.5, 2000: 40.0}) == (
+        "from about 1,000 tokens on"
+    )

@@ -163,7 +163,7 @@ def cpu(results: Results, case: str) -> str:
         "recurrence are straight lines of slope one, softmax attention is steeper. "
         f"Crossings with softmax attention: {'; '.join(said) or 'none'}.",
         caption="One sequence on the CPU in float32, heads of GLA-340M against softmax attention "
-        "with 16 heads of 64. The dotted line is where they cross.",
+        "with 16 heads of 64." + (" The dotted line is where they cross." if said else ""),
     )
 
 

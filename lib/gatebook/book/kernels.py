@@ -307,13 +307,11 @@ def cpu(results: Results) -> str:
 
 def _cpu_words(results: Results, case: str) -> str:
     ours, other = (results.series(case, "fwdbwd", name) for name in ("ours", "sdpa"))
-    at = records.crossover(ours, other)
     largest = _largest(results, case, "error", "ours")
-    faster = f"from about {number(at)} tokens on" if at else "at no length measured here"
     return (
-        f"<p>Forward and backward together, the chunkwise form is faster than softmax attention "
-        f"{faster}. Its largest relative error against float64, over all lengths, the output and "
-        f"the gradients, is {number(largest)}.</p>"
+        "<p>Forward and backward together, the chunkwise form is faster than softmax attention "
+        f"{records.faster_from(ours, other)}. Its largest relative error against float64, over "
+        f"all lengths, the output and the gradients, is {number(largest)}.</p>"
     )
 
 

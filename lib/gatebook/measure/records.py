@@ -226,3 +226,14 @@ def crossover(ours: Mapping[int, float], baseline: Mapping[int, float]) -> float
             share = lead[i] / (lead[i] - lead[i + 1])
             return math.exp((1 - share) * math.log(shared[i]) + share * math.log(shared[i + 1]))
     return None
+
+
+def faster_from(ours: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+    """Where ours is the faster one, in words; arguments as `crossover`."""
+    at = crossover(ours, baseline)
+    if at is not None:
+        return f"from about {at:,.0f} tokens on"
+    shared = set(ours) & set(baseline)
+    if shared and all(ours[T] < baseline[T] for T in shared):
+        return "at every length measured"
+    return "at no length measured" if shared else "(not measured)"
