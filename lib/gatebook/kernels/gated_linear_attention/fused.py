@@ -1,4 +1,4 @@
-"""Gated linear attention in Triton: plans, launches and gradients (kernels: `triton_kernels.py`).
+"""Gated linear attention in Triton: what is launched, and the gradients (kernels: `gpu/`).
 
 Forward: `prepare` works on all chunks at once; `sweep` then walks each sequence with the state on
 the chip and writes the outputs. Backward: the states are computed again and written, once from each
@@ -9,7 +9,6 @@ into segments: a first sweep finds what each segment adds to the state, `join` c
 from segment to segment, and the second sweep starts everywhere at once.
 """
 
-import itertools
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from gatebook.kernels.gated_linear_attention.gpu import plan as planning
 
 __all__ = ["check_supported", "fused_bidirectional_gla", "fused_gla", "step"]
 
 MAX_KEYS, MAX_VALUES = 256, 512
-PROGRAMS = 256  # of a sweep, from which on it fills a GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_supported(q: Tensor, v: Tensor, g: Tensor) -> None:
@@ -40,11 +42,10 @@ def check_supported(q: Tensor, v: Tensor, g: Tensor) -> None:
         import triton  # noqa: F401
     except ImportError:
         raise ValueError('backend="triton" needs the package triton; it is not installed') from None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (q.is_cuda or (interpreted and q.device.type == "cpu")):
+    if not (q.is_cuda or (INTERPRETED and q.device.type == "cpu")):
         raise ValueError(
             'backend="triton" needs CUDA tensors (or, to try it out on the CPU, the environment '
-            f"variable TRITON_INTERPRET=1); got tensors on {q.device}"
+            f"variable TRITON_INTERPRET=1 from the start); got tensors on {q.device}"
         )
     if q.dtype not in (torch.bfloat16, torch.float32) or g.dtype != torch.float32:
         raise ValueError(
@@ -58,216 +59,143 @@ def check_supported(q: Tensor, v: Tensor, g: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Blocks:
-    """Tiles of each kernel, and its warps, pipeline stages and registers a thread."""
-
-    chunk: int  # C
-    width: int  # K, padded to a power of two
-    columns: int  # value columns of a program of `sweep`
-    prepare: dict[str, int]
-    sweep: dict[str, int]
-    score_gradients: dict[str, int]
-    gradients: dict[str, int]
-
-
-def _power(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
-@lru_cache
-def _blocks(keys: int, values: int, dtype: torch.dtype) -> _Blocks:
-    """The one choice of tiles for a shape and type; nothing is tuned at run time."""
-    width, columns = _power(keys), _power(values)
-    if dtype == torch.float32:
-        plain = {"num_warps": 4, "num_stages": 1}
-        return _Blocks(
-            chunk=32,
-            width=width,
-            columns=min(columns, 32),
-            prepare={"BLOCK": min(width, 32), **plain},
-            sweep=plain,
-            score_gradients={"COLUMNS": min(columns, 32), **plain},
-            gradients={"BLOCK": min(width, 32), "COLUMNS": min(columns, 32), **plain},
-        )
-    wide = width > 128
-    return _Blocks(
-        chunk=64,
-        width=width,
-        columns=min(columns, 64),
-        prepare={"BLOCK": min(width, 64), "num_warps": 8, "num_stages": 1, "maxnreg": 128},
-        sweep={"num_warps": 8 if wide else 4, "num_stages": 2},
-        score_gradients={"COLUMNS": min(columns, 64), "num_warps": 4, "num_stages": 3},
-        gradients={
-            "BLOCK": min(width, 32),
-            "COLUMNS": min(columns, 64),
-            "num_warps": 4,
-            "num_stages": 3,
-        },
-    )
-
-
-_compiled: dict[tuple, Any] = {}
-
-
-def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple, options: dict[str, Any]) -> None:
-    """Launches a kernel; from the second time on without Triton's look-up, which costs more.
-
-    Triton compiles anew for other types, alignments and whole numbers; so does the key.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        kernel[grid](*args, **options)
-        return
-    key = (
-        kernel,
-        torch.cuda.current_device(),
-        tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args),
-        tuple(options.values()),
-    )
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*args, **options)
-        _compiled[key] = compiled, tuple(options[x] for x in kernel.arg_names[len(args) :])
-    else:
-        compiled, constants = found
-        compiled[grid](*args, *constants)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where the chunks, the segments and the sequences lie in the tokens."""
-
-    chunks: Tensor  # [N, 2]: first token, number of tokens
-    segments: Tensor  # [S, 4]: first chunk, number of chunks, first token, number of tokens
-    runs: Tensor  # [number of sequences, 2]: first segment, number of segments
-    cut: bool  # whether a sequence has more than one segment
-    outer: tuple[Tensor, Tensor]  # first and last segment of each sequence
-
-
-@lru_cache(maxsize=64)
-def _plan(offsets: tuple[int, ...], chunk: int, programs: int, device: torch.device) -> _Plan:
-    """The plan for sequences between `offsets`; `programs` run for each segment."""
-    lengths = [end - start for start, end in itertools.pairwise(offsets)]
-    total = sum(-(-length // chunk) for length in lengths)
-    longest = total  # chunks of a segment
-    if programs * len(lengths) < PROGRAMS // 2:
-        longest = max(8, -(-total * programs // PROGRAMS))
-    chunks: list[tuple[int, int]] = []
-    segments: list[tuple[int, int, int, int]] = []
-    runs: list[tuple[int, int]] = []
-    for start, length in zip(offsets[:-1], lengths, strict=True):
-        first = len(segments)
-        for at in range(0, max(length, 1), longest * chunk):
-            part = min(longest * chunk, length - at)
-            segments.append((len(chunks), -(-part // chunk), start + at, part))
-            chunks += [(start + at + c, min(chunk, part - c)) for c in range(0, part, chunk)]
-        runs.append((first, len(segments) - first))
-    table = [torch.tensor(rows, dtype=torch.int32).to(device) for rows in (chunks, segments, runs)]
-    outer = (table[2][:, 0].long(), (table[2].sum(1) - 1).long())
-    return _Plan(*table, len(segments) > len(runs), outer)
-
-
 @dataclass(frozen=True)
 class _Side:
-    """One direction: its gates and what `prepare` made of them, `[N, H, …]`."""
+    """One direction: its gates `[B, T, H, K]` and what `prepare` made of them, `[N, H, …]`."""
 
     gates: Tensor
     reverse: bool
     queries: Tensor  # Q ⊙ Λ
     keys: Tensor  # K ⊙ Γ
-    total: Tensor  # log2 γ
-    smooth: Tensor  # 1 where `gradients` may form its factors as products
+    middle: Tensor  # g in the middle of a chunk
+    total: Tensor  # g at its end
+    smooth: Tensor  # 1 where the factors of P stay in range
 
     @property
     def made(self) -> tuple[Tensor, ...]:
         """What backward needs besides the gates."""
-        return self.queries, self.keys, self.total, self.smooth
+        return self.queries, self.keys, self.middle, self.total, self.smooth
 
 
-class _Launcher:
-    """The launches for tensors of one shape: `x` are always laid out `[tokens, H, D]`."""
+class _Operator:
+    """All launches for tensors of one shape, type and place; use `_operator`, which keeps it."""
 
-    def __init__(self, q: Tensor, v: Tensor, offsets: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        values: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        offsets: tuple[int, ...] | None,
+    ) -> None:
         import triton.language as tl
 
-        self.tokens, self.heads, self.keys = q.shape
-        self.values, self.dtype, self.device = v.shape[-1], v.dtype, v.device
-        self.blocks = _blocks(self.keys, self.values, self.dtype)
-        self.columns = -(-self.values // self.blocks.columns)  # blocks of value columns
-        self.wide = self.columns * self.blocks.columns  # V, padded to whole blocks
-        self.plan = _plan(offsets, self.blocks.chunk, self.columns * self.heads, self.device)
-        self.n_chunks, self.n_segments = len(self.plan.chunks), len(self.plan.segments)
-        exact = torch.get_float32_matmul_precision() == "highest"
-        self.kind = {
-            "KIND": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
-            "DOT": "ieee" if exact and self.dtype == torch.float32 else "tf32",
+        from gatebook.kernels.gated_linear_attention.gpu import gradients, prepare, sweep
+
+        batch, length, self.heads, self.keys = shape
+        self.shape, self.values, self.dtype, self.device = shape, values, dtype, device
+        self.tiles = planning.tiles(self.keys, values, dtype)
+        widest = max(self.tiles.output.columns, self.tiles.states.columns)
+        self.wide = -(-values // widest) * widest
+        if offsets is None:
+            offsets = tuple(range(0, batch * length + 1, length))
+        programs = self.wide // self.tiles.output.columns * self.heads
+        self.plan = planning.plan(offsets, self.tiles.chunk, programs, device)
+        self.kernels = {
+            "prepare": prepare.prepare,
+            "sweep": sweep.sweep,
+            "join": sweep.join,
+            "score_gradients": gradients.score_gradients,
+            "gradients": gradients.gradients,
         }
-        self.tile = {"C": self.blocks.chunk, "WIDTH": self.blocks.width}
+        self.fixed = {
+            "C": self.tiles.chunk,
+            "WIDTH": self.tiles.width,
+            "KIND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+            "DOT": "tf32x3",  # for float32: three products that keep its precision
+        }
+        self.ready: dict[tuple, tuple[Any, tuple]] = {}
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        args: tuple,
+        options: dict[str, Any],
+        given: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Launches a kernel, from the second time on without Triton's look-up, which costs more.
+
+        What Triton compiles anew for is fixed by the shape and `options`, and by the strides and
+        alignment of the tensors that were `given` to us.
+        """
+        key = (name, *options.values(), *[(x.stride(), x.data_ptr() % 16) for x in given])
+        if key in self.ready:
+            run, constants = self.ready[key]
+            run(*args, *constants)
+            return
+        kernel = self.kernels[name]
+        options = {n: x for n, x in self.fixed.items() if n in kernel.arg_names} | options
+        compiled = kernel[grid](*args, **options)
+        if not INTERPRETED:
+            constants = tuple(options[n] for n in kernel.arg_names[len(args) :])
+            self.ready[key] = compiled[grid], constants
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def states(self, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.empty(n, self.heads, self.blocks.width, self.wide, dtype=dtype)
+    def like(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.empty(*self.shape[:3], channels, dtype=dtype)
+
+    def states(self, n: int, dtype: torch.dtype) -> Tensor:
+        return self.empty(n, self.heads, self.tiles.width, self.wide, dtype=dtype)
 
     def padded(self, state: Tensor | None) -> Tensor | None:
         """A state `[sequences, H, K, V]` with its channels padded to whole blocks."""
         if state is None:
             return None
-        extra = (0, self.wide - self.values, 0, self.blocks.width - self.keys)
-        return torch.nn.functional.pad(state, extra).contiguous() if any(extra) else state
+        extra = (0, self.wide - self.values, 0, self.tiles.width - self.keys)
+        return (F.pad(state, extra) if any(extra) else state).contiguous()
 
     def cropped(self, ends: Tensor, descending: bool) -> Tensor:
         """The state after each whole sequence `[sequences, H, K, V]`, from those of segments."""
         if self.plan.cut:
-            ends = ends[self.plan.outer[not descending]]
+            ends = ends[self.plan.firsts if descending else self.plan.lasts]
         return ends[:, :, : self.keys, : self.values]
 
     def prepare(
         self, q: Tensor, k: Tensor, gates: dict[bool, Tensor], scale: float
     ) -> tuple[list[_Side], Tensor]:
         """`gates` by direction: False forward, True in reverse. Gives the sides and P."""
-        from gatebook.kernels.gated_linear_attention import triton_kernels as kernels
-
-        size, n = self.blocks, self.n_chunks
-        queries, keys = (
-            self.empty(len(gates), n, self.heads, size.chunk, size.width) for _ in range(2)
-        )
-        total = self.empty(len(gates), n, self.heads, size.width, dtype=torch.float32)
-        smooth = self.empty(len(gates), n, self.heads, dtype=torch.int32)
-        p = self.empty(n, self.heads, size.chunk, size.chunk)
+        n, h, size, ways = self.plan.n_chunks, self.heads, self.tiles, len(gates)
+        decayed = self.empty(2, ways, n, h, size.chunk, size.width)
+        marks = self.empty(2, ways, n, h, size.width, dtype=torch.float32)
+        smooth = self.empty(ways, n, h, dtype=torch.int32)
+        p = self.empty(n, h, size.chunk, size.chunk)
         first, last = gates.get(False, gates.get(True)), gates.get(True, gates.get(False))
+        made = (decayed[0], decayed[1], marks[0], marks[1], smooth)
         args = (
-            q,
-            k,
-            first,
-            last,
-            queries,
-            keys,
-            total,
-            smooth,
+            *(q, k, first, last),
+            *made,
             p,
             self.plan.chunks,
             scale,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *first.stride(),
-            *last.stride(),
-            self.heads,
-            self.keys,
-            n,
+            *q.stride()[1:3],
+            *k.stride()[1:3],
+            *first.stride()[1:],
+            *last.stride()[1:],
+            *(h, self.keys, n),
         )
-        ways = {"FORWARD": False in gates, "REVERSE": True in gates}
-        options = self.tile | size.prepare | ways | self.kind
-        _launch(kernels.prepare, (n, self.heads, 1), args, options)
+        options = {**size.prepare, "FORWARD": False in gates, "REVERSE": True in gates}
+        self.launch("prepare", (n, h, 1), args, options, (q, k, first, last))
         sides = [
-            _Side(gates[reverse], reverse, queries[i], keys[i], total[i], smooth[i])
-            for i, reverse in enumerate(sorted(gates))
+            _Side(gates[way], way, *(x[i] for x in made)) for i, way in enumerate(sorted(gates))
         ]
         return sides, p
 
     def sweep(
         self,
+        kind: planning.Sweep,
         a: Tensor,
         b: Tensor,
         total: Tensor,
@@ -279,73 +207,75 @@ class _Launcher:
         y: Tensor | None = None,
         transposed: bool = False,
         store: bool = False,
+        end: bool = False,
         decay: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """States on entering each chunk (if `store`), and the state after each segment."""
-        from gatebook.kernels.gated_linear_attention import triton_kernels as kernels
-
-        states = self.states(self.n_chunks, self.dtype) if store else None
-        end = self.states(self.n_segments)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """States on entering each chunk (if `store`), and after each segment (if `end`)."""
+        states = self.states(self.plan.n_chunks, self.dtype) if store else None
+        ends = self.states(self.plan.n_segments, torch.float32) if end else None
         args = (
-            a,
-            b,
-            total,
-            p,
-            x,
-            y,
-            states,
-            start,
-            end,
-            decay,
+            *(a, b, total, p, x, y, states, start, ends, decay),
             self.plan.segments,
-            *x.stride()[:2],
-            *(y.stride()[:2] if y is not None else (0, 0)),
-            self.heads,
-            self.values,
-            self.wide,
+            *x.stride()[1:3],
+            *(y.stride()[1:3] if y is not None else (0, 0)),
+            *(self.heads, self.values, self.wide),
         )
-        ways = {
-            "BLOCK": self.blocks.columns,
+        options = {
+            "BLOCK": kind.columns,
             "DESCENDING": descending,
             "OUTPUT": "none" if y is None else "add" if p is None else "full",
             "TRANSPOSED": transposed,
             "STORE": store,
             "START": start is not None,
+            "END": end,
             "DECAY": decay is not None,
+            **kind.options,
         }
-        options = self.tile | ways | self.blocks.sweep | self.kind
-        _launch(kernels.sweep, (self.columns, self.n_segments, self.heads), args, options)
-        return states, end
+        grid = (self.wide // kind.columns, self.plan.n_segments, self.heads)
+        self.launch("sweep", grid, args, options, (x,))
+        return states, ends
 
     def starts(
         self, b: Tensor, total: Tensor, x: Tensor, start: Tensor | None, descending: bool
     ) -> Tensor | None:
         """The state before each segment, from that before each sequence."""
-        from gatebook.kernels.gated_linear_attention import triton_kernels as kernels
-
+        start = self.padded(start)
         if not self.plan.cut:
             return start
-        decay = self.empty(self.n_segments, self.heads, self.blocks.width, dtype=torch.float32)
-        _, local = self.sweep(b, b, total, x, None, descending=descending, decay=decay)
-        args = (local, decay, start, self.plan.runs, self.heads, self.wide)
+        width, kind = self.tiles.width, self.tiles.states
+        decay = self.empty(self.plan.n_segments, self.heads, width, dtype=torch.float32)
+        way = {"descending": descending, "end": True, "decay": decay}
+        _, local = self.sweep(kind, b, b, total, x, None, **way)
         options = {
-            "WIDTH": self.blocks.width,
-            "BLOCK": self.blocks.columns,
+            "BLOCK": kind.columns,
             "DESCENDING": descending,
             "START": start is not None,
             "num_warps": 4,
         }
-        _launch(kernels.join, (self.columns, len(self.plan.runs), self.heads), args, options)
+        grid = (self.wide // kind.columns, self.plan.n_sequences, self.heads)
+        args = (local, decay, start, self.plan.runs, self.heads, self.wide)
+        self.launch("join", grid, args, options)
         return local
 
-    def outputs(self, side: _Side, v: Tensor, p: Tensor | None, o: Tensor, start: Tensor | None):
-        """Writes the outputs (adds to them if there is no P); the states before and after."""
-        descending = side.reverse
-        starts = self.starts(side.keys, side.total, v, self.padded(start), descending)
-        _, end = self.sweep(
-            side.queries, side.keys, side.total, v, starts, descending=descending, p=p, y=o
-        )
-        return starts, end
+    def outputs(
+        self,
+        side: _Side,
+        v: Tensor,
+        p: Tensor | None,
+        o: Tensor,
+        start: Tensor | None = None,
+        end: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Writes the outputs (adds to them if there is no P).
+
+        Returns:
+            The state before each segment, and that after each sequence if `end`.
+        """
+        way = side.reverse
+        starts = self.starts(side.keys, side.total, v, start, way)
+        a, b, kind = side.queries, side.keys, self.tiles.output
+        _, ends = self.sweep(kind, a, b, side.total, v, starts, descending=way, p=p, y=o, end=end)
+        return starts, self.cropped(ends, way) if end else None
 
     def backward(
         self,
@@ -357,90 +287,84 @@ class _Launcher:
         do: Tensor,
         d_end: Tensor | None,
         grads: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Writes dq, dk, dv (adds to them if there is no P); gives d log α and the start's."""
-        from gatebook.kernels.gated_linear_attention import triton_kernels as kernels
+        d_start: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Writes dq, dk, dv (adds to them if there is no P).
 
+        Returns:
+            d log α, and the gradient of the state before each sequence if `d_start`.
+        """
         q, k, v = inputs
         dq, dk, dv = grads
-        forth, back = side.reverse, not side.reverse
+        n, h, there, back = self.plan.n_chunks, self.heads, side.reverse, not side.reverse
+        a, b, total = side.keys, side.queries, side.total
         states, _ = self.sweep(
-            side.keys, side.keys, side.total, v, starts, descending=forth, store=True
+            self.tiles.states, a, a, total, v, starts, descending=there, store=True
         )
-        ends = self.starts(side.queries, side.total, do, self.padded(d_end), back)
-        d_states, d_start = self.sweep(
-            side.keys,
-            side.queries,
-            side.total,
-            do,
-            ends,
-            descending=back,
-            p=p,
-            y=dv,
-            transposed=True,
-            store=True,
+        ends = self.starts(b, total, do, d_end, back)
+        way = {"descending": back, "p": p, "y": dv, "transposed": True, "store": True}
+        d_states, d_starts = self.sweep(
+            self.tiles.backward, a, b, total, do, ends, **way, end=d_start
         )
-        dp = self.empty(self.n_chunks, self.heads, self.blocks.chunk, self.blocks.chunk)
-        strides = (*v.stride()[:2], *do.stride()[:2])
-        args = (v, do, dp, self.plan.chunks, *strides, self.heads, self.values, self.wide)
-        options = self.tile | self.blocks.score_gradients | self.kind
-        _launch(kernels.score_gradients, (self.n_chunks, self.heads, 1), args, options)
-        da = self.empty(self.tokens, self.heads, self.keys, dtype=torch.float32)
+        dp = self.empty(n, h, self.tiles.chunk, self.tiles.chunk)
+        strides = (*v.stride()[1:3], *do.stride()[1:3])
+        args = (v, do, dp, self.plan.chunks, *strides, h, self.values, self.wide)
+        options = {**self.tiles.score_gradients, "REVERSE": side.reverse}
+        self.launch("score_gradients", (n, h, 1), args, options, (v, do))
+        da = self.like(self.keys, torch.float32)
         args = (
-            q,
-            k,
-            side.gates,
-            v,
-            do,
-            states,
-            d_states,
-            dp,
-            side.smooth,
-            dq,
-            dk,
-            da,
+            *(q, k, side.gates, v, do, states, d_states, dp),
+            *(side.middle, total, side.smooth, dq, dk, da),
             self.plan.chunks,
             scale,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *side.gates.stride(),
+            *q.stride()[1:3],
+            *k.stride()[1:3],
+            *side.gates.stride()[1:],
             *strides,
-            self.heads,
-            self.keys,
-            self.values,
-            self.wide,
+            *(h, self.keys, self.values, self.wide),
         )
-        grid = (self.blocks.width // self.blocks.gradients["BLOCK"], self.n_chunks, self.heads)
+        grid = (self.tiles.width // self.tiles.gradients["BLOCK"], n, h)
         for smooth in (True, False):
-            ways = {"SMOOTH": smooth, "REVERSE": side.reverse, "ADD": p is None}
-            options = self.tile | self.blocks.gradients | ways | self.kind
-            _launch(kernels.gradients, grid, args, options)
-        return da, self.cropped(d_start, back)
+            options = {"SMOOTH": smooth, "REVERSE": side.reverse, "ADD": p is None}
+            options |= self.tiles.gradients
+            self.launch("gradients", grid, args, options, (q, k, side.gates, v, do))
+        return da, self.cropped(d_starts, back) if d_start else None
+
+
+@lru_cache(maxsize=64)
+def _operator(*key: Any) -> _Operator:
+    return _Operator(*key)
+
+
+def _operator_for(q: Tensor, v: Tensor, offsets: tuple[int, ...] | None) -> _Operator:
+    return _operator(tuple(q.shape), v.shape[-1], v.dtype, q.device, offsets)
 
 
 class _FusedGLA(torch.autograd.Function):
-    """One direction. Tensors `[tokens, H, D]`, states `[sequences, H, K, V]`."""
+    """One direction."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, start, scale, offsets, reverse):
-        launch = _Launcher(q, v, offsets)
-        (side,), p = launch.prepare(q, k, {reverse: g}, scale)
-        o = launch.empty(*v.shape)
-        starts, end = launch.outputs(side, v, p, o, start)
-        ctx.save_for_backward(q, k, v, g, p, *side.made, starts)
-        ctx.launch, ctx.scale, ctx.reverse = launch, scale, reverse
-        return o, launch.cropped(end, reverse)
+    def forward(ctx, q, k, v, g, start, scale, offsets, reverse, end):
+        q, k, v, gates = _rows(q), _rows(k), _rows(v), _rows(g).expand(k.shape)
+        run = _operator_for(q, v, offsets)
+        (side,), p = run.prepare(q, k, {reverse: gates}, scale)
+        o = run.like(run.values)
+        starts, end = run.outputs(side, v, p, o, start, end)
+        ctx.save_for_backward(q, k, v, gates, p, *side.made, starts)
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.scale, ctx.reverse, ctx.channels = run, scale, reverse, g.shape[-1]
+        return o, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_end):
-        q, k, v, g, p, *made, starts = ctx.saved_tensors
-        side = _Side(g, ctx.reverse, *made)
-        grads = tuple(ctx.launch.empty(*x.shape) for x in (q, k, v))
-        da, d_start = ctx.launch.backward(
-            (q, k, v), side, p, ctx.scale, starts, _rows(do), d_end, grads
-        )
-        return *grads, da, d_start if ctx.needs_input_grad[4] else None, None, None, None
+        q, k, v, gates, p, *made, starts = ctx.saved_tensors
+        side, run = _Side(gates, ctx.reverse, *made), ctx.run
+        do = torch.zeros_like(v) if do is None else _rows(do)
+        grads = tuple(run.like(x.shape[-1]) for x in (q, k, v))
+        wanted = ctx.needs_input_grad[4]
+        da, d_start = run.backward((q, k, v), side, p, ctx.scale, starts, do, d_end, grads, wanted)
+        return *grads, _gate_gradient(da, ctx.channels), d_start, None, None, None, None
 
 
 class _FusedBidirectionalGLA(torch.autograd.Function):
@@ -448,50 +372,50 @@ class _FusedBidirectionalGLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g_forward, g_reverse, scale, offsets):
-        launch = _Launcher(q, v, offsets)
-        sides, p = launch.prepare(q, k, {False: g_forward, True: g_reverse}, scale)
-        o = launch.empty(*v.shape)
-        starts = [
-            launch.outputs(side, v, None if side.reverse else p, o, None)[0] for side in sides
-        ]
-        made = [x for side in sides for x in side.made]
-        ctx.save_for_backward(q, k, v, g_forward, g_reverse, p, *made, *starts)
-        ctx.launch, ctx.scale = launch, scale
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        gates = {way: _rows(g).expand(k.shape) for way, g in enumerate((g_forward, g_reverse))}
+        gates = {bool(way): g for way, g in gates.items()}
+        run = _operator_for(q, v, offsets)
+        sides, p = run.prepare(q, k, gates, scale)
+        o = run.like(run.values)
+        starts = [run.outputs(side, v, None if side.reverse else p, o)[0] for side in sides]
+        made = [x for side in sides for x in (side.gates, *side.made)]
+        ctx.save_for_backward(q, k, v, p, *made, *starts)
+        ctx.run, ctx.scale = run, scale
+        ctx.channels = (g_forward.shape[-1], g_reverse.shape[-1])
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, g_forward, g_reverse, p, *made = ctx.saved_tensors
-        do, dg = _rows(do), []
-        grads = tuple(ctx.launch.empty(*x.shape) for x in (q, k, v))
-        for reverse, g, p_once in ((False, g_forward, p), (True, g_reverse, None)):
-            side = _Side(g, reverse, *made[4 * reverse : 4 * reverse + 4])
-            starts = made[8 + reverse]
-            dg.append(
-                ctx.launch.backward((q, k, v), side, p_once, ctx.scale, starts, do, None, grads)[0]
+        q, k, v, p, *made = ctx.saved_tensors
+        do, dg, each = _rows(do), [], (len(made) - 2) // 2
+        grads = tuple(ctx.run.like(x.shape[-1]) for x in (q, k, v))
+        for reverse in (False, True):
+            gates, *rest = made[reverse * each : (reverse + 1) * each]
+            side, starts = _Side(gates, reverse, *rest), made[reverse - 2]
+            scores = None if reverse else p
+            da, _ = ctx.run.backward(
+                (q, k, v), side, scores, ctx.scale, starts, do, None, grads, False
             )
+            dg.append(_gate_gradient(da, ctx.channels[reverse]))
         return *grads, *dg, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The tensor itself where rows of channels lie together, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """`x` itself where its channels lie together and its tokens evenly apart, else a copy."""
+    together = x.stride(3) == 1 or x.shape[3] == 1
+    evenly = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if together and evenly else x.contiguous()
 
 
-def _flat(x: Tensor) -> Tensor:
-    """`[B, T, H, D]` as `[B T, H, D]`, without a copy where the strides allow it."""
-    return x.flatten(0, 1)
+def _gate_gradient(da: Tensor, channels: int) -> Tensor:
+    """d log α for gates with one channel for all: the sum over the channels."""
+    return da if channels == da.shape[-1] else da.sum(-1, keepdim=True)
 
 
-def _offsets(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    if cu_seqlens is None:
-        return tuple(range(0, q.shape[0] * q.shape[1] + 1, q.shape[1]))
-    return tuple(cu_seqlens.tolist())
-
-
-def _gates(g: Tensor, k: Tensor) -> Tensor:
-    return _flat(g).expand(-1, -1, k.shape[-1])
+def _offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
+    return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
 
 
 def fused_gla(
@@ -522,13 +446,14 @@ def fused_gla(
     Returns:
         The outputs `[B, T, H, V]`, and the states after each sequence or None.
     """
-    rows = [_rows(_flat(x)) for x in (q, k, v)]
-    start = None if initial_state is None else initial_state.contiguous()
     with torch.cuda.device_of(q):
-        o, end = _FusedGLA.apply(
-            *rows, _gates(g, k), start, scale, _offsets(q, cu_seqlens), reverse
+        return _FusedGLA.apply(
+            *(q, k, v, g, initial_state),
+            float(scale),
+            _offsets(cu_seqlens),
+            reverse,
+            output_final_state,
         )
-    return o.unflatten(0, v.shape[:2]), end if output_final_state else None
 
 
 def fused_bidirectional_gla(
@@ -541,11 +466,10 @@ def fused_bidirectional_gla(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """The Triton form of `gatebook.kernels.bidirectional_gla`: ½ (o→ + o←), `[B, T, H, V]`."""
-    rows = [_rows(_flat(x)) for x in (q, k, v)]
-    gates = [_gates(g, k) for g in (g_forward, g_backward)]
     with torch.cuda.device_of(q):
-        o = _FusedBidirectionalGLA.apply(*rows, *gates, scale / 2, _offsets(q, cu_seqlens))
-    return o.unflatten(0, v.shape[:2])
+        return _FusedBidirectionalGLA.apply(
+            q, k, v, g_forward, g_backward, float(scale) / 2, _offsets(cu_seqlens)
+        )
 
 
 def step(
@@ -566,38 +490,27 @@ def step(
     """
     import triton.language as tl
 
-    from gatebook.kernels.gated_linear_attention import triton_kernels as kernels
+    from gatebook.kernels.gated_linear_attention.gpu.step import step as kernel
 
-    q, k, v, g = _rows(q[:, 0]), _rows(k[:, 0]), _rows(v[:, 0]), g[:, 0].expand(k[:, 0].shape)
-    batch, heads, keys = q.shape
-    values = v.shape[-1]
-    o = torch.empty(batch, heads, values, dtype=v.dtype, device=v.device)
+    q, k, v, gates = _rows(q), _rows(k), _rows(v), _rows(g).expand(k.shape)
+    (batch, _, heads, keys), values = q.shape, v.shape[-1]
+    o = torch.empty(batch, 1, heads, values, dtype=v.dtype, device=v.device)
     after = torch.empty(batch, heads, keys, values, dtype=torch.float32, device=v.device)
-    block = min(_power(values), 64)
-    args = (
-        q,
-        k,
-        v,
-        g,
-        None if state is None else state.contiguous(),
-        o,
-        after,
-        scale,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *g.stride(),
-        heads,
-        keys,
-        values,
-    )
-    options = {
-        "WIDTH": _power(keys),
-        "BLOCK": block,
-        "START": state is not None,
-        "KIND": tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32,
-        "num_warps": 4,
-    }
+    state = None if state is None else state.contiguous()
+    block = min(planning.power_of_two(values), 64)
     with torch.cuda.device_of(q):
-        _launch(kernels.step, (-(-values // block), batch, heads), args, options)
-    return o.unsqueeze(1), after
+        kernel[(-(-values // block), batch, heads)](
+            *(q, k, v, gates, state, o, after),
+            float(scale),
+            *q.stride()[1:3],
+            *k.stride()[1:3],
+            *v.stride()[1:3],
+            *gates.stride()[1:],
+            *(heads, keys, values),
+            WIDTH=planning.power_of_two(keys),
+            BLOCK=block,
+            START=state is not None,
+            KIND=tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32,
+            num_warps=4,
+        )
+    return o, after

@@ -1,0 +1,50 @@
+"""What the kernels share about a chunk: its mask, running sums and decays."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LIMIT = tl.constexpr(60.0)  # log2 of the decay of half a chunk, so that no factor leaves 2^±126
+
+
+@triton.jit
+def pairs(i, j, REVERSE: tl.constexpr):
+    """The mask M: whether token i sees token j."""
+    return i <= j if REVERSE else i >= j
+
+
+@triton.jit
+def sums(x, C: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr, KIND: tl.constexpr):
+    """Sums over the rows before each row (if REVERSE, after), its own included if OWN.
+
+    In half precision a product with M, of x in two parts with 16 bits together: tensor cores add
+    faster than a scan does.
+    """
+    if tl.float32 == KIND:
+        running = tl.cumsum(x, 0, reverse=REVERSE)
+        return running if OWN else running - x
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    seen = pairs(i, j, REVERSE) & (OWN | (i != j))
+    high = x.to(KIND)
+    low = (x - high.to(tl.float32)).to(KIND)
+    return tl.dot(seen.to(KIND), high, tl.dot(seen.to(KIND), low))
+
+
+@triton.jit
+def next_decay(decay, a_row, a_token, j, length, live, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Log gates between token j and every later token, from those of the token after j.
+
+    Summed from j outwards, so that a gate that closed before j costs no precision after it.
+    """
+    row = tl.arange(0, C)[:, None]
+    i = j - 1 if REVERSE else j + 1
+    inside = live & (i >= 0) & (i < length)
+    a = tl.load(a_row + i * a_token, mask=inside, other=0.0) * LOG2E
+    later = row < j if REVERSE else row > j
+    return tl.where(later, decay + a, 0.0)
+
+
+@triton.jit
+def load_tile(x, row, column, stride, live):
+    """A tile whose first row `x` points at."""
+    return tl.load(x + (row[:, None] * stride + column), mask=live, other=0.0)
