@@ -127,7 +127,7 @@ def inputs(case: Case, device: str = "cpu", *, seed: int = 0, n_gates: int = 1) 
     width = 1 if case.gate_per_head else case.keys
     rows += [log_gates(case, gen, *shape, width) for _ in range(n_gates)]
     q, k, v, do, *gates = (laid_out(x.to(device), case.layout) for x in rows)
-    state, d_state = (normal(gen, *states).to(device) for _ in range(2))
+    state, d_state = (laid_out(normal(gen, *states).to(device), case.layout) for _ in range(2))
     return Inputs(
         tensors=(q, k, v, *gates),
         state=state if case.initial_state else None,
