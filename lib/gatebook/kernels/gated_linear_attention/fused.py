@@ -61,7 +61,7 @@ def check_supported(q: Tensor, v: Tensor, g: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Side:
-    """One direction: its gates `[B, T, H, K]` and what `prepare` made of them, `[N, H, …]`."""
+    """One direction: its gates `[B, T, H, K or 1]` and what `prepare` made of them, `[N, H, …]`."""
 
     gates: Tensor
     reverse: bool
@@ -114,6 +114,8 @@ class _Operator:
             "KIND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
             "DOT": "tf32x3",  # for float32: three products that keep its precision
         }
+        ones = torch.ones(2, self.tiles.chunk, self.tiles.chunk, dtype=dtype)
+        self.masks = torch.stack([ones[0].tril(), ones[1].triu()]).to(device)
         self.ready: dict[tuple, tuple[Any, tuple]] = {}
 
     def launch(
@@ -179,14 +181,21 @@ class _Operator:
             *made,
             p,
             self.plan.chunks,
+            self.masks,
             scale,
             *q.stride()[1:3],
             *k.stride()[1:3],
-            *first.stride()[1:],
-            *last.stride()[1:],
+            *first.stride()[1:3],
+            *last.stride()[1:3],
             *(h, self.keys, n),
         )
-        options = {**size.prepare, "FORWARD": False in gates, "REVERSE": True in gates}
+        options = {
+            **size.prepare,
+            "FORWARD_SHARED": first.shape[3] < self.keys,
+            "REVERSE_SHARED": last.shape[3] < self.keys,
+            "FORWARD": False in gates,
+            "REVERSE": True in gates,
+        }
         self.launch("prepare", (n, h, 1), args, options, (q, k, first, last))
         sides = [
             _Side(gates[way], way, *(x[i] for x in made)) for i, way in enumerate(sorted(gates))
@@ -316,17 +325,23 @@ class _Operator:
             *(q, k, side.gates, v, do, states, d_states, dp),
             *(side.middle, total, side.smooth, dq, dk, da),
             self.plan.chunks,
+            self.masks,
             scale,
             *q.stride()[1:3],
             *k.stride()[1:3],
-            *side.gates.stride()[1:],
+            *side.gates.stride()[1:3],
             *strides,
             *(h, self.keys, self.values, self.wide),
         )
         grid = (self.tiles.width // self.tiles.gradients["BLOCK"], n, h)
         for smooth in (True, False):
-            options = {"SMOOTH": smooth, "REVERSE": side.reverse, "ADD": p is None}
-            options |= self.tiles.gradients
+            options = {
+                **self.tiles.gradients,
+                "SHARED": side.gates.shape[3] < self.keys,
+                "SMOOTH": smooth,
+                "REVERSE": side.reverse,
+                "ADD": p is None,
+            }
             self.launch("gradients", grid, args, options, (q, k, side.gates, v, do))
         return da, self.cropped(d_starts, back) if d_start else None
 
@@ -345,26 +360,26 @@ class _FusedGLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, start, scale, offsets, reverse, end):
-        q, k, v, gates = _rows(q), _rows(k), _rows(v), _rows(g).expand(k.shape)
+        q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
         run = _operator_for(q, v, offsets)
-        (side,), p = run.prepare(q, k, {reverse: gates}, scale)
+        (side,), p = run.prepare(q, k, {reverse: g}, scale)
         o = run.like(run.values)
         starts, end = run.outputs(side, v, p, o, start, end)
-        ctx.save_for_backward(q, k, v, gates, p, *side.made, starts)
+        ctx.save_for_backward(q, k, v, g, p, *side.made, starts)
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.scale, ctx.reverse, ctx.channels = run, scale, reverse, g.shape[-1]
+        ctx.run, ctx.scale, ctx.reverse = run, scale, reverse
         return o, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_end):
-        q, k, v, gates, p, *made, starts = ctx.saved_tensors
-        side, run = _Side(gates, ctx.reverse, *made), ctx.run
+        q, k, v, g, p, *made, starts = ctx.saved_tensors
+        side, run = _Side(g, ctx.reverse, *made), ctx.run
         do = torch.zeros_like(v) if do is None else _rows(do)
         grads = tuple(run.like(x.shape[-1]) for x in (q, k, v))
         wanted = ctx.needs_input_grad[4]
         da, d_start = run.backward((q, k, v), side, p, ctx.scale, starts, do, d_end, grads, wanted)
-        return *grads, _gate_gradient(da, ctx.channels), d_start, None, None, None, None
+        return *grads, _gate_gradient(da, g), d_start, None, None, None, None
 
 
 class _FusedBidirectionalGLA(torch.autograd.Function):
@@ -373,8 +388,7 @@ class _FusedBidirectionalGLA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g_forward, g_reverse, scale, offsets):
         q, k, v = _rows(q), _rows(k), _rows(v)
-        gates = {way: _rows(g).expand(k.shape) for way, g in enumerate((g_forward, g_reverse))}
-        gates = {bool(way): g for way, g in gates.items()}
+        gates = {False: _rows(g_forward), True: _rows(g_reverse)}
         run = _operator_for(q, v, offsets)
         sides, p = run.prepare(q, k, gates, scale)
         o = run.like(run.values)
@@ -382,7 +396,6 @@ class _FusedBidirectionalGLA(torch.autograd.Function):
         made = [x for side in sides for x in (side.gates, *side.made)]
         ctx.save_for_backward(q, k, v, p, *made, *starts)
         ctx.run, ctx.scale = run, scale
-        ctx.channels = (g_forward.shape[-1], g_reverse.shape[-1])
         return o
 
     @staticmethod
@@ -398,7 +411,7 @@ class _FusedBidirectionalGLA(torch.autograd.Function):
             da, _ = ctx.run.backward(
                 (q, k, v), side, scores, ctx.scale, starts, do, None, grads, False
             )
-            dg.append(_gate_gradient(da, ctx.channels[reverse]))
+            dg.append(_gate_gradient(da, gates))
         return *grads, *dg, None, None
 
 
@@ -409,9 +422,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if together and evenly else x.contiguous()
 
 
-def _gate_gradient(da: Tensor, channels: int) -> Tensor:
-    """d log α for gates with one channel for all: the sum over the channels."""
-    return da if channels == da.shape[-1] else da.sum(-1, keepdim=True)
+def _gate_gradient(da: Tensor, g: Tensor) -> Tensor:
+    """d log α of `g`, from that of a gate for each channel."""
+    return da if g.shape == da.shape else da.sum(-1, keepdim=True)
 
 
 def _offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:

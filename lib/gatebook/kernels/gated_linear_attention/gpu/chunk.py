@@ -14,20 +14,36 @@ def pairs(i, j, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def sums(x, C: tl.constexpr, REVERSE: tl.constexpr, OWN: tl.constexpr, KIND: tl.constexpr):
-    """Sums over the rows before each row (if REVERSE, after), its own included if OWN.
+def sums(x, masks_ptr, C: tl.constexpr, REVERSE: tl.constexpr, KIND: tl.constexpr):
+    """Sums over the rows up to each row, if REVERSE from it on.
 
     In half precision a product with M, of x in two parts with 16 bits together: tensor cores add
-    faster than a scan does.
+    faster than a scan does. `masks` holds M of both directions `[2, C, C]`.
     """
     if tl.float32 == KIND:
-        running = tl.cumsum(x, 0, reverse=REVERSE)
-        return running if OWN else running - x
+        return tl.cumsum(x, 0, reverse=REVERSE)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    seen = pairs(i, j, REVERSE) & (OWN | (i != j))
+    mask = tl.load(masks_ptr + C * C * REVERSE + (i * C + j))
     high = x.to(KIND)
     low = (x - high.to(tl.float32)).to(KIND)
-    return tl.dot(seen.to(KIND), high, tl.dot(seen.to(KIND), low))
+    return tl.dot(mask, high, tl.dot(mask, low))
+
+
+@triton.jit
+def load_tile(x, row, column, stride, live):
+    """A tile whose first row `x` points at."""
+    return tl.load(x + (row[:, None] * stride + column), mask=live, other=0.0)
+
+
+@triton.jit
+def load_gates(
+    x, row, column, stride, live, C: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr
+):
+    """A tile of log gates to base 2, of which the first row is at `x`; SHARED by all channels."""
+    if SHARED:
+        own = tl.load(x + row * stride, mask=tl.max(live.to(tl.int32), 1) > 0, other=0.0)
+        return own[:, None] * tl.full([C, BLOCK], LOG2E, tl.float32)
+    return load_tile(x, row, column, stride, live) * LOG2E
 
 
 @triton.jit
@@ -42,9 +58,3 @@ def next_decay(decay, a_row, a_token, j, length, live, C: tl.constexpr, REVERSE:
     a = tl.load(a_row + i * a_token, mask=inside, other=0.0) * LOG2E
     later = row < j if REVERSE else row > j
     return tl.where(later, decay + a, 0.0)
-
-
-@triton.jit
-def load_tile(x, row, column, stride, live):
-    """A tile whose first row `x` points at."""
-    return tl.load(x + (row[:, None] * stride + column), mask=live, other=0.0)

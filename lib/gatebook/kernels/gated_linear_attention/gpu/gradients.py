@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
-    LOG2E,
+    load_gates,
     load_tile,
     next_decay,
     pairs,
@@ -74,6 +74,7 @@ def gradients(
     dk_ptr,
     da_ptr,
     chunks_ptr,
+    masks_ptr,
     scale,
     q_token,
     q_head,
@@ -81,7 +82,6 @@ def gradients(
     k_head,
     a_token,
     a_head,
-    a_channel,
     v_token,
     v_head,
     do_token,
@@ -94,6 +94,7 @@ def gradients(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr,
     SMOOTH: tl.constexpr,
     REVERSE: tl.constexpr,
     ADD: tl.constexpr,
@@ -142,9 +143,9 @@ def gradients(
     live, channel = alive[:, None] & (key < K)[None, :], key[None, :]
     q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
     k = load_tile(k_ptr, row, channel, k_token, live).to(tl.float32)
-    a = load_tile(a_ptr, row, channel * a_channel, a_token, live) * LOG2E
+    a = load_gates(a_ptr, row, channel, a_token, live, C, BLOCK, SHARED)
     at = (token * H + h) * K + (row[:, None] * (H * K) + channel)
-    g = sums(a, C, REVERSE, True, KIND)
+    g = sums(a, masks_ptr, C, REVERSE, KIND)
     end = tl.load(total_ptr + place * WIDTH + key)
     to_start = tl.exp2(g)
     dq_far *= to_start
@@ -165,7 +166,7 @@ def gradients(
         dq, dk, decay = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
         for step in range(C):
             n = step if REVERSE else C - 1 - step
-            a_row = a_ptr + channel * a_channel
+            a_row = a_ptr + channel * (1 - SHARED)
             decay = next_decay(decay, a_row, a_token, n, length, channel < K, C, REVERSE)
             exists = (channel < K) & (n < length)
             k_n = tl.load(k_ptr + channel + n * k_token, mask=exists, other=0.0).to(tl.float32)
@@ -178,6 +179,7 @@ def gradients(
         _put(dq_ptr + at, dq * scale, live, ADD, KIND)
         _put(dk_ptr + at, dk + dk_far, live, ADD, KIND)
         near = q * dq - k * dk
-    da = sums(k * dk_far - near, C, REVERSE, False, KIND)
+    change = k * dk_far - near
+    da = sums(change, masks_ptr, C, REVERSE, KIND) - change
     da += (tl.sum(meeting, 0) * tl.exp2(end) + tl.sum(near, 0))[None, :]
     tl.store(da_ptr + at, da, mask=live)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
     LIMIT,
-    LOG2E,
+    load_gates,
     load_tile,
     next_decay,
     pairs,
@@ -24,6 +24,7 @@ def _scores(
     a_token,
     queries_at,
     keys_at,
+    masks_ptr,
     length,
     live,
     C: tl.constexpr,
@@ -38,7 +39,7 @@ def _scores(
     `k_row` and `a_row` point at the first token's keys and gates; `live` says which exist.
     """
     row = tl.arange(0, C)[:, None]
-    g = sums(a, C, REVERSE, True, KIND)
+    g = sums(a, masks_ptr, C, REVERSE, KIND)
     z = tl.sum(tl.where(row >= C // 2 if REVERSE else row < C // 2, a, 0.0), 0)
     end = tl.sum(a, 0)
     smooth = tl.max(tl.maximum(tl.abs(z), tl.abs(end - z))) <= LIMIT
@@ -75,6 +76,7 @@ def prepare(
     smooth_ptr,
     p_ptr,
     chunks_ptr,
+    masks_ptr,
     scale,
     q_token,
     q_head,
@@ -82,16 +84,16 @@ def prepare(
     k_head,
     f_token,
     f_head,
-    f_channel,
     r_token,
     r_head,
-    r_channel,
     H,
     K,
     N,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    FORWARD_SHARED: tl.constexpr,
+    REVERSE_SHARED: tl.constexpr,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     KIND: tl.constexpr,
@@ -115,24 +117,25 @@ def prepare(
     there = (chunk.to(tl.int64) + N) * H + h  # the same place of the second direction
     p = tl.zeros([C, C], tl.float32)
     forward_smooth, reverse_smooth = length > 0, length > 0
-    for k0 in tl.static_range(0, WIDTH, BLOCK):
+    for k0 in range(0, WIDTH, BLOCK):
         channel = k0 + tl.arange(0, BLOCK)[None, :]
         live = (row < length)[:, None] & (channel < K)
         q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
         k = load_tile(k_ptr, row, channel, k_token, live).to(tl.float32)
         inside = row[:, None] * WIDTH + channel
         if FORWARD:
-            a = load_tile(forward_ptr, row, channel * f_channel, f_token, live)
+            a = load_gates(forward_ptr, row, channel, f_token, live, C, BLOCK, FORWARD_SHARED)
             part, z, end, smooth = _scores(
                 q,
                 k,
-                a * LOG2E,
+                a,
                 k_ptr + channel,
                 k_token,
-                forward_ptr + channel * f_channel,
+                forward_ptr + channel * (1 - FORWARD_SHARED),
                 f_token,
                 queries_ptr + here * C * WIDTH + inside,
                 keys_ptr + here * C * WIDTH + inside,
+                masks_ptr,
                 length,
                 channel < K,
                 C,
@@ -146,17 +149,18 @@ def prepare(
             forward_smooth = forward_smooth & smooth
         if REVERSE:
             place = there if FORWARD else here
-            a = load_tile(reverse_ptr, row, channel * r_channel, r_token, live)
+            a = load_gates(reverse_ptr, row, channel, r_token, live, C, BLOCK, REVERSE_SHARED)
             part, z, end, smooth = _scores(
                 q,
                 k,
-                a * LOG2E,
+                a,
                 k_ptr + channel,
                 k_token,
-                reverse_ptr + channel * r_channel,
+                reverse_ptr + channel * (1 - REVERSE_SHARED),
                 r_token,
                 queries_ptr + place * C * WIDTH + inside,
                 keys_ptr + place * C * WIDTH + inside,
+                masks_ptr,
                 length,
                 channel < K,
                 C,
