@@ -22,7 +22,9 @@ from gatebook.kernels.gated_linear_attention.naive import naive_gla
 # the inputs' type: products of four factors reach 20 times their RMS, a unit of which is 0.1.
 # "tf32" is float32 whose matrix products may round their factors to 11 bits.
 ALLOWED = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 5e-3}
-GATES = (0.0, -1e-4, -1.0, -20.0, -80.0, "ordinary", "by channel", "by element")
+STEPS = (0.0, -1e-4, -1.0, -20.0, -80.0)  # log gates
+LIMITS = (-1.25, -2.5, -3.0, -6.0)  # decay over 32 or 16 tokens within float32, or outside
+GATES = (*STEPS, *LIMITS, "ordinary", "by channel", "by element")
 CHUNKED = partial(chunked_gla, chunk_size=64, subchunk=16)
 
 
@@ -84,14 +86,13 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def log_gates(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
-    """Gates near exp(−0.8 / 16), as in the paper, or one of the extremes, or a mixture of them."""
+    """Gates near exp(−0.8 / 16), as in the paper, or the same at every step, or a mixture."""
     if case.gate == "ordinary":
         return torch.nn.functional.logsigmoid(normal(generator, *shape)) / 16
-    extremes = torch.tensor([gate for gate in GATES if isinstance(gate, float)])
     if case.gate == "by channel":
-        return extremes[torch.arange(shape[-1]) % len(extremes)].expand(shape).clone()
+        return torch.tensor(STEPS)[torch.arange(shape[-1]) % len(STEPS)].expand(shape).clone()
     if case.gate == "by element":
-        return extremes[torch.randint(len(extremes), shape, generator=generator)]
+        return torch.tensor(STEPS)[torch.randint(len(STEPS), shape, generator=generator)]
     return torch.full(shape, case.gate)
 
 
