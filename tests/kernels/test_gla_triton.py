@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatebook.kernels import bidirectional_gla, gla
+from gatebook.kernels.gated_linear_attention import choose_backend
 from gatebook.kernels.gated_linear_attention.naive import parallel_bidirectional_gla
 from gatebook.models.gla import GLAConfig, GLALanguageModel
 from kernels.gla_cases import (
@@ -218,6 +219,27 @@ def test_unsupported_tensors_raise_with_what_is_supported(form, change, message)
         xs = [x.double() for x in xs]
     with pytest.raises(ValueError, match=message):
         form(*xs, backend="triton")
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "backend"),
+    [
+        (torch.float32, 16, "triton"),
+        (torch.bfloat16, 256, "triton"),
+        (torch.float64, 16, "chunked"),
+        (torch.float16, 16, "chunked"),
+        (torch.float32, 257, "chunked"),
+    ],
+)
+def test_auto_takes_the_kernel_where_it_can(dtype, keys, backend):
+    q = torch.zeros(1, 3, 1, keys, dtype=dtype)
+    g = q.to(torch.promote_types(dtype, torch.float32))
+    assert choose_backend("auto", *(x.as_subclass(OnGPU) for x in (q, q, g))) == backend
+    assert choose_backend("auto", q, q, g) == "chunked"
 
 
 @pytest.mark.parametrize(
