@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gatebook import plotting
-from gatebook.book.kernels import HEADS, NAMES, Results
+from gatebook.book.kernels import HEADS, NAMES, SIZES, Results
 from gatebook.measure import records
 
 # Colour, line and marker of each method; softmax attention is grey throughout the book.
@@ -37,9 +37,9 @@ def speed(results: Results, case: str, name: str) -> str:
     _legend(fig, axes[1])
     return plotting.figure(
         fig,
-        alt=f"Time against sequence length for GLA-{name}, forward on the left and forward plus "
+        alt=f"Time against sequence length for {name}, forward on the left and forward plus "
         f"backward on the right. {_said(results, case)}",
-        caption=f"GLA-{name} at 32,768 tokens a call: time against the length of a sequence. "
+        caption=f"{name} at 32,768 tokens a call: time against the length of a sequence. "
         "Softmax attention of the same width grows with it.",
     )
 
@@ -76,7 +76,7 @@ def floor(results: Results) -> str:
     plotting.style()
     fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), sharey=True)
     cases = {"gla-340m": "-", "gla-1.3b": "--", "bigla-340m": ":"}
-    names = {"gla-340m": "GLA-340M", "gla-1.3b": "GLA-1.3B", "bigla-340m": "both directions"}
+    names = SIZES | {"bigla-340m": "both directions"}
     for ax, (metric, title) in zip(axes, HEADS.items(), strict=True):
         for method in ("ours", "fla"):
             for case, line in cases.items():

@@ -35,7 +35,7 @@ NAMES = {
 }
 HEADS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 TIMES = ("fwd", "fwdbwd")
-MILLION = {"gla-340m": "340M", "gla-1.3b": "1.3B"}
+SIZES = {"gla-340m": "GLA-340M", "gla-1.3b": "GLA-1.3B"}
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,15 @@ def speed(results: Results) -> str:
     from gatebook.book import kernel_figures
 
     parts = []
-    for case, name in MILLION.items():
+    for case, name in SIZES.items():
         if not results.series(case, "fwd", "ours"):
             continue
         tables = "".join(
-            times_table(results, case, metric, f"GLA-{name}, {HEADS[metric]}: ms (times faster)")
+            times_table(results, case, metric, f"{name}, {HEADS[metric]}: ms (times faster)")
             for metric in TIMES
         )
         parts.append(kernel_figures.speed(results, case, name))
-        parts.append(fold(f"GLA-{name} in numbers", tables))
+        parts.append(fold(f"{name} in numbers", tables))
     return "".join(parts) or missing("cuda")
 
 
@@ -231,7 +231,7 @@ def floor(results: Results) -> str:
     """The fraction of the bandwidth floor that is reached."""
     from gatebook.book import kernel_figures
 
-    found = any(results.ratios(case, "fwd", "floor") for case in MILLION)
+    found = any(results.ratios(case, "fwd", "floor") for case in SIZES)
     return kernel_figures.floor(results) if found else missing("cuda")
 
 
@@ -247,7 +247,7 @@ def error(results: Results) -> str:
 def _error_table(results: Results) -> str:
     tensors = {"o": "o", "dq": "dq", "dk": "dk", "dv": "dv", "dg": "d log α"}
     rows = []
-    for case in ("gla-340m", "gla-1.3b", "bigla-340m"):
+    for case, size in (SIZES | {"bigla-340m": "both directions, 340M"}).items():
         for method in ("ours", "fla", "chunked"):
             largest = {name: _largest(results, case, f"error_{name}", method) for name in tensors}
             if case.startswith("bigla"):
@@ -255,9 +255,9 @@ def _error_table(results: Results) -> str:
                 found = [x for m in both if (x := _largest(results, case, m, method)) is not None]
                 largest["dg"] = max(found, default=None)
             if largest["o"] is not None:
-                rows.append((f"{case}, {NAMES[method]}", *(map(number, largest.values()))))
+                rows.append((f"{size}, {NAMES[method]}", *(map(number, largest.values()))))
     caption = "Relative RMS error against float64, the largest over all lengths"
-    return table(caption, ("", *tensors.values()), rows)
+    return table(caption, ("operator", *tensors.values()), rows)
 
 
 def _largest(results: Results, case: str, metric: str, method: str) -> float | None:
@@ -327,7 +327,7 @@ def training(results: Results) -> str:
     """Forward and backward of the paper's larger model, beside softmax attention."""
     if not results.series("gla-1.3b", "fwdbwd", "ours"):
         return missing("cuda")
-    caption = "GLA-1.3B, forward + backward: ms (times faster)"
+    caption = "One layer of GLA-1.3B, forward + backward: ms (times faster)"
     return times_table(results, "gla-1.3b", "fwdbwd", caption)
 
 
