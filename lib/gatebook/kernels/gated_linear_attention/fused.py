@@ -45,7 +45,7 @@ def check_supported(q: Tensor, v: Tensor, g: Tensor) -> None:
     if not (q.is_cuda or (INTERPRETED and q.device.type == "cpu")):
         raise ValueError(
             'backend="triton" needs CUDA tensors (or, to try it out on the CPU, the environment '
-            f"variable TRITON_INTERPRET=1 from the start); got tensors on {q.device}"
+            f"variable TRITON_INTERPRET=1 from the start, in float32); got tensors on {q.device}"
         )
     if q.dtype not in (torch.bfloat16, torch.float32) or g.dtype != torch.float32:
         raise ValueError(
@@ -74,7 +74,12 @@ class _Side:
     @property
     def made(self) -> tuple[Tensor, ...]:
         """What backward needs besides the gates."""
-        return self.queries, self.keys, self.middle, self.total, self.smooth
+        return self.queries, self.keys, *self.marks
+
+    @property
+    def marks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `gradients` needs of it."""
+        return self.middle, self.total, self.smooth
 
 
 class _Operator:
@@ -181,7 +186,6 @@ class _Operator:
             *made,
             p,
             self.plan.chunks,
-            self.masks,
             scale,
             *q.stride()[1:3],
             *k.stride()[1:3],
@@ -286,27 +290,25 @@ class _Operator:
         _, ends = self.sweep(kind, a, b, side.total, v, starts, descending=way, p=p, y=o, end=end)
         return starts, self.cropped(ends, way) if end else None
 
-    def backward(
+    def state_gradients(
         self,
-        inputs: tuple[Tensor, Tensor, Tensor],
         side: _Side,
+        v: Tensor,
         p: Tensor | None,
-        scale: float,
         starts: Tensor | None,
         do: Tensor,
         d_end: Tensor | None,
-        grads: tuple[Tensor, Tensor, Tensor],
+        dv: Tensor,
         d_start: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Writes dq, dk, dv (adds to them if there is no P).
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes dV (adds to it if there is no P).
 
         Returns:
-            d log α, and the gradient of the state before each sequence if `d_start`.
+            The states and their gradients, each on entering a chunk in its direction, and the
+            gradient of the state before each sequence if `d_start`.
         """
-        q, k, v = inputs
-        dq, dk, dv = grads
-        n, h, there, back = self.plan.n_chunks, self.heads, side.reverse, not side.reverse
         a, b, total = side.keys, side.queries, side.total
+        there, back = side.reverse, not side.reverse
         states, _ = self.sweep(
             self.tiles.states, a, a, total, v, starts, descending=there, store=True
         )
@@ -315,35 +317,43 @@ class _Operator:
         d_states, d_starts = self.sweep(
             self.tiles.backward, a, b, total, do, ends, **way, end=d_start
         )
+        return states, d_states, self.cropped(d_starts, back) if d_start else None
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        marks: tuple[Tensor, Tensor, Tensor],
+        reverse: bool,
+        scale: float,
+        do: Tensor,
+        both_states: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor],
+        add: bool = False,
+    ) -> Tensor:
+        """Writes dq and dk, or adds to them; gives the gradient of the gates in `inputs`."""
+        q, k, v, g = inputs
+        n, h = self.plan.n_chunks, self.heads
         dp = self.empty(n, h, self.tiles.chunk, self.tiles.chunk)
         strides = (*v.stride()[1:3], *do.stride()[1:3])
         args = (v, do, dp, self.plan.chunks, *strides, h, self.values, self.wide)
-        options = {**self.tiles.score_gradients, "REVERSE": side.reverse}
+        options = {**self.tiles.score_gradients, "REVERSE": reverse}
         self.launch("score_gradients", (n, h, 1), args, options, (v, do))
+        gates = g if g.shape == k.shape else g.expand(k.shape).contiguous()
         da = self.like(self.keys, torch.float32)
         args = (
-            *(q, k, side.gates, v, do, states, d_states, dp),
-            *(side.middle, total, side.smooth, dq, dk, da),
-            self.plan.chunks,
-            self.masks,
-            scale,
+            *(q, k, gates, v, do, *both_states, dp, *marks, *grads, da),
+            *(self.plan.chunks, self.masks, scale),
             *q.stride()[1:3],
             *k.stride()[1:3],
-            *side.gates.stride()[1:3],
+            *gates.stride()[1:3],
             *strides,
             *(h, self.keys, self.values, self.wide),
         )
         grid = (self.tiles.width // self.tiles.gradients["BLOCK"], n, h)
         for smooth in (True, False):
-            options = {
-                **self.tiles.gradients,
-                "SHARED": side.gates.shape[3] < self.keys,
-                "SMOOTH": smooth,
-                "REVERSE": side.reverse,
-                "ADD": p is None,
-            }
-            self.launch("gradients", grid, args, options, (q, k, side.gates, v, do))
-        return da, self.cropped(d_starts, back) if d_start else None
+            options = {**self.tiles.gradients, "SMOOTH": smooth, "REVERSE": reverse, "ADD": add}
+            self.launch("gradients", grid, args, options, (q, k, gates, v, do))
+        return da if g.shape == k.shape else da.sum(-1, keepdim=True)
 
 
 @lru_cache(maxsize=64)
@@ -374,12 +384,16 @@ class _FusedGLA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, d_end):
         q, k, v, g, p, *made, starts = ctx.saved_tensors
-        side, run = _Side(g, ctx.reverse, *made), ctx.run
-        do = torch.zeros_like(v) if do is None else _rows(do)
-        grads = tuple(run.like(x.shape[-1]) for x in (q, k, v))
-        wanted = ctx.needs_input_grad[4]
-        da, d_start = run.backward((q, k, v), side, p, ctx.scale, starts, do, d_end, grads, wanted)
-        return *grads, _gate_gradient(da, g), d_start, None, None, None, None
+        ctx.maybe_clear_saved_tensors()
+        side, run, wanted = _Side(g, ctx.reverse, *made), ctx.run, ctx.needs_input_grad[4]
+        do, marks = torch.zeros_like(v) if do is None else _rows(do), side.marks
+        dv = run.like(run.values)
+        *states, d_start = run.state_gradients(side, v, p, starts, do, d_end, dv, wanted)
+        del side, made, p, starts  # frees what the rest does not need
+        dq, dk = run.like(run.keys), run.like(run.keys)
+        inputs, way = (q, k, v, g), ctx.reverse
+        dg = run.gradients(inputs, marks, way, ctx.scale, do, tuple(states), (dq, dk))
+        return dq, dk, dv, dg, d_start, None, None, None, None
 
 
 class _FusedBidirectionalGLA(torch.autograd.Function):
@@ -402,17 +416,17 @@ class _FusedBidirectionalGLA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         q, k, v, p, *made = ctx.saved_tensors
-        do, dg, each = _rows(do), [], (len(made) - 2) // 2
-        grads = tuple(ctx.run.like(x.shape[-1]) for x in (q, k, v))
-        for reverse in (False, True):
-            gates, *rest = made[reverse * each : (reverse + 1) * each]
-            side, starts = _Side(gates, reverse, *rest), made[reverse - 2]
-            scores = None if reverse else p
-            da, _ = ctx.run.backward(
-                (q, k, v), side, scores, ctx.scale, starts, do, None, grads, False
+        run, do, dg, each = ctx.run, _rows(do), [], (len(made) - 2) // 2
+        dq, dk, dv = (run.like(x.shape[-1]) for x in (q, k, v))
+        for way in (False, True):
+            g, *rest = made[way * each : (way + 1) * each]
+            side, starts, scores = _Side(g, way, *rest), made[way - 2], None if way else p
+            *states, _ = run.state_gradients(side, v, scores, starts, do, None, dv, False)
+            inputs, grads = (q, k, v, g), (dq, dk)
+            dg.append(
+                run.gradients(inputs, side.marks, way, ctx.scale, do, tuple(states), grads, add=way)
             )
-            dg.append(_gate_gradient(da, gates))
-        return *grads, *dg, None, None
+        return dq, dk, dv, *dg, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -420,11 +434,6 @@ def _rows(x: Tensor) -> Tensor:
     together = x.stride(3) == 1 or x.shape[3] == 1
     evenly = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if together and evenly else x.contiguous()
-
-
-def _gate_gradient(da: Tensor, g: Tensor) -> Tensor:
-    """d log α of `g`, from that of a gate for each channel."""
-    return da if g.shape == da.shape else da.sum(-1, keepdim=True)
 
 
 def _offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:

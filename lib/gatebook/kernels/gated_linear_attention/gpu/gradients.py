@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
-    load_gates,
+    LOG2E,
     load_tile,
     next_decay,
     pairs,
@@ -94,7 +94,6 @@ def gradients(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SHARED: tl.constexpr,
     SMOOTH: tl.constexpr,
     REVERSE: tl.constexpr,
     ADD: tl.constexpr,
@@ -143,7 +142,7 @@ def gradients(
     live, channel = alive[:, None] & (key < K)[None, :], key[None, :]
     q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
     k = load_tile(k_ptr, row, channel, k_token, live).to(tl.float32)
-    a = load_gates(a_ptr, row, channel, a_token, live, C, BLOCK, SHARED)
+    a = load_tile(a_ptr, row, channel, a_token, live) * LOG2E
     at = (token * H + h) * K + (row[:, None] * (H * K) + channel)
     g = sums(a, masks_ptr, C, REVERSE, KIND)
     end = tl.load(total_ptr + place * WIDTH + key)
@@ -166,8 +165,7 @@ def gradients(
         dq, dk, decay = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
         for step in range(C):
             n = step if REVERSE else C - 1 - step
-            a_row = a_ptr + channel * (1 - SHARED)
-            decay = next_decay(decay, a_row, a_token, n, length, channel < K, C, REVERSE)
+            decay = next_decay(decay, a_ptr + channel, a_token, n, length, channel < K, C, REVERSE)
             exists = (channel < K) & (n < length)
             k_n = tl.load(k_ptr + channel + n * k_token, mask=exists, other=0.0).to(tl.float32)
             dp = tl.load(dp_ptr + (i * C + n))

@@ -9,7 +9,6 @@ from gatebook.kernels.gated_linear_attention.gpu.chunk import (
     load_tile,
     next_decay,
     pairs,
-    sums,
 )
 
 
@@ -24,7 +23,6 @@ def _scores(
     a_token,
     queries_at,
     keys_at,
-    masks_ptr,
     length,
     live,
     C: tl.constexpr,
@@ -39,7 +37,7 @@ def _scores(
     `k_row` and `a_row` point at the first token's keys and gates; `live` says which exist.
     """
     row = tl.arange(0, C)[:, None]
-    g = sums(a, masks_ptr, C, REVERSE, KIND)
+    g = tl.cumsum(a, 0, reverse=REVERSE)
     z = tl.sum(tl.where(row >= C // 2 if REVERSE else row < C // 2, a, 0.0), 0)
     end = tl.sum(a, 0)
     smooth = tl.max(tl.maximum(tl.abs(z), tl.abs(end - z))) <= LIMIT
@@ -76,7 +74,6 @@ def prepare(
     smooth_ptr,
     p_ptr,
     chunks_ptr,
-    masks_ptr,
     scale,
     q_token,
     q_head,
@@ -117,7 +114,7 @@ def prepare(
     there = (chunk.to(tl.int64) + N) * H + h  # the same place of the second direction
     p = tl.zeros([C, C], tl.float32)
     forward_smooth, reverse_smooth = length > 0, length > 0
-    for k0 in range(0, WIDTH, BLOCK):
+    for k0 in tl.static_range(0, WIDTH, BLOCK):
         channel = k0 + tl.arange(0, BLOCK)[None, :]
         live = (row < length)[:, None] & (channel < K)
         q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
@@ -135,7 +132,6 @@ def prepare(
                 f_token,
                 queries_ptr + here * C * WIDTH + inside,
                 keys_ptr + here * C * WIDTH + inside,
-                masks_ptr,
                 length,
                 channel < K,
                 C,
@@ -160,7 +156,6 @@ def prepare(
                 r_token,
                 queries_ptr + place * C * WIDTH + inside,
                 keys_ptr + place * C * WIDTH + inside,
-                masks_ptr,
                 length,
                 channel < K,
                 C,
