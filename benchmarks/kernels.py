@@ -481,10 +481,7 @@ def chosen(lengths: tuple[int, ...], asked: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def first_calls(session: Session, case: Case) -> None:
-    """Seconds of the first forward + backward, each in a new process without compiled kernels.
-
-    What the last process compiled is used by the rest of this run.
-    """
+    """Seconds of the first forward + backward, each in a new process without compiled kernels."""
     options = session.options
     if "first_call" not in case.metrics or "first_call" not in options.metrics:
         return
@@ -501,7 +498,6 @@ def first_calls(session: Session, case: Case) -> None:
                 session.fail(case.name, "first_call", T, method, why)
                 continue
             session.add(case.name, "first_call", T, method, json.loads(done.stdout)["seconds"])
-            os.environ["TRITON_CACHE_DIR"] = cache
 
 
 def child(options: argparse.Namespace) -> None:

@@ -108,7 +108,9 @@ def times(value: float) -> str:
     return f"{value:.0f} ×" if value >= 9.95 else f"{value:.{1 if value >= 1 else 2}f} ×"
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "gb-numbers"
+) -> str:
     """A table with a caption; each row's first cell is its head. Cells are plain text."""
     cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
@@ -120,7 +122,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     label = escape(caption, quote=True)
     return (
         f'<div class="gb-scroll" role="region" aria-label="{label}" tabindex="0">'
-        f'<table class="gb-numbers"><caption>{escape(caption)}</caption>'
+        f'<table class="{style}"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -146,21 +148,27 @@ def provenance(results: Results) -> str:
     shown = (*results.gpu, *results.cpu)
     if not shown:
         return missing("cuda") + missing("cpu")
-    head = ("results file", "hardware", "copy", "bf16 matmul", "torch", "Triton", "date", "commit")
+    head = ("results file", "hardware", "copy", "bf16 matmul", "versions", "date", "commit")
     rows = [
         (
             run.name,
             run.hardware,
             _machine(run, "copy"),
             _machine(run, "matmul"),
-            run.about["versions"].get("torch", "–"),
-            run.about["versions"].get("triton", "–"),
+            _versions(run),
             run.date[:10],
             run.about.get("commit", "–"),
         )
         for run in shown
     ]
-    return table("What the numbers on this page were measured on", head, rows)
+    caption = "What the numbers on this page were measured on"
+    return table(caption, head, rows, style="gb-numbers gb-words")
+
+
+def _versions(run: Run) -> str:
+    packages = {"torch": "torch", "triton": "Triton", "flash-linear-attention": "fla"}
+    found = run.about["versions"]
+    return ", ".join(f"{name} {found[key]}" for key, name in packages.items() if key in found)
 
 
 def _machine(run: Run, metric: str) -> str:
