@@ -1,6 +1,7 @@
 """The command line: help, errors that exit with 1 or 2, failed runs that keep their notebook."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def test_a_failing_cell_exits_1_names_the_cell_and_keeps_the_notebook(copy: Path
 
 
 def test_ctrl_c_keeps_the_notebook_and_the_old_evidence(copy: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     before = ledger.evidence_path(copy, "gla", "small").read_text()
     _break(
         copy,
