@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 
-from gatebook.kernels.gated_linear_attention import fused
 from gatebook.measure import records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +120,8 @@ def test_what_was_measured_is_kept_when_the_run_is_cut_off(
 def test_a_failure_of_ours_is_an_error(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "INTERPRETED", False)  # so that the kernel refuses the CPU
+    fused = "gatebook.kernels.gated_linear_attention.fused"  # imported when all is collected
+    monkeypatch.setattr(f"{fused}.INTERPRETED", False)  # so that the kernel refuses the CPU
     words = ("gpu", "--cases", "gla-340m", "--metrics", "fwd", "--backend", "triton")
     code, result = run(bench, tmp_path / "gpu.json", *words)
     assert code == 1
