@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,67 @@ def test_damaged_evidence_is_refused_and_kept(book: Path, damage: object, messag
     kept = list(path.parent.glob("small.damaged-*.json"))
     assert [item.read_text() for item in kept] == [broken]
     assert ledger.read(book, "toy", "small").data["seed"] == 0
+
+
+def _whole(value: object) -> Callable[[dict], object]:
+    return lambda data: value
+
+
+def _field(*place: str, value: object) -> Callable[[dict], object]:
+    """A damage that sets the field at a place."""
+
+    def damage(data: dict) -> dict:
+        inner = data
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        return data
+
+    return damage
+
+
+def _without_verdict(data: dict) -> dict:
+    del data["tests"]["method-wins"]["verdict"]
+    return data
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(_whole(3), id="a number"),
+        pytest.param(_whole(None), id="null"),
+        pytest.param(_field("tests", value=None), id="no tests"),
+        pytest.param(_field("observations", value=None), id="no observations"),
+        pytest.param(
+            _field("observations", "accuracy", "method", "0", value="0.9"), id="text for a number"
+        ),
+        pytest.param(_without_verdict, id="no verdict"),
+        pytest.param(
+            _field("tests", "method-wins", "definition", "colour", value="red"), id="unknown field"
+        ),
+    ],
+)
+def test_evidence_of_a_wrong_shape_is_refused_kept_aside_and_replaced(
+    book: Path, damage: Callable[[dict], object]
+) -> None:
+    path = ledger.write(book, _body(book))
+    broken = json.dumps(damage(json.loads(path.read_text())))
+    path.write_text(broken)
+    with pytest.raises(ledger.EvidenceError, match=r"results/toy/small\.json is damaged"):
+        ledger.read(book, "toy", "small")
+    ledger.write(book, _body(book, seed=7))
+    assert [item.read_text() for item in path.parent.glob("small.damaged-*.json")] == [broken]
+    assert ledger.read(book, "toy", "small").data["seed"] == 7
+
+
+@pytest.mark.parametrize("place", ["toy/medium.json", "other/small.json"])
+def test_evidence_in_another_place_is_refused(book: Path, place: str) -> None:
+    path = ledger.write(book, _body(book))
+    moved = book / "results" / place
+    moved.parent.mkdir(exist_ok=True)
+    path.rename(moved)
+    with pytest.raises(ledger.EvidenceError, match=f"{place} is the evidence of toy at small"):
+        ledger.read(book, moved.parent.name, moved.stem)
 
 
 def test_a_verdict_typed_by_hand_is_refused_even_with_a_new_checksum(book: Path) -> None:

@@ -120,8 +120,9 @@ def read(root: Path, slug: str, scale: str) -> Evidence | None:
     """The recorded evidence, or None when there is none.
 
     Raises:
-        EvidenceError: the file is half-written, edited, or holds a verdict that its own numbers
-            and rules do not give.
+        EvidenceError: the file is half-written, edited, not shaped like evidence, belongs to
+            another chapter or scale, or holds a verdict that its own numbers and rules do not
+            give.
     """
     path = evidence_path(root, slug, scale)
     if not path.exists():
@@ -241,12 +242,22 @@ def _checksum(body: dict[str, Any]) -> str:
 def _verified(path: Path) -> dict[str, Any]:
     name = f"results/{path.parent.name}/{path.name}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EvidenceError(f"{name} is damaged or half-written ({error}); {_REMEDY}") from None
+        return _checked(name, path)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EvidenceError(f"{name} is damaged or half-written ({problem}); {_REMEDY}") from None
+
+
+def _checked(name: str, path: Path) -> dict[str, Any]:
+    """What the file holds; errors of any other kind mean that it is not shaped like evidence."""
+    data = json.loads(path.read_text(encoding="utf-8"))
     missing = [field for field in (*FIELDS, "checksum") if field not in data]
     if missing:
         raise EvidenceError(f"{name} lacks {missing}; {_REMEDY}")
+    if (data["chapter"], data["scale"]) != (path.parent.name, path.stem):
+        raise EvidenceError(
+            f"{name} is the evidence of {data['chapter']} at {data['scale']}; {_REMEDY}"
+        )
     for test_id, record in data["tests"].items():
         again = verdicts.evaluate(Test.model_validate(record["definition"]), data["observations"])
         if again.verdict != record["verdict"]:
