@@ -103,13 +103,13 @@ class Run:
         """
         from gatebook.evidence import ledger
 
+        _display_html(_claims_table(self))
         if self.record:
             path = ledger.write(self.root, self._evidence())
             print(f"recorded in {path.relative_to(self.root).as_posix()}")
-        _display_html(_claims_table(self))
 
     def verdicts(self) -> None:
-        """Print one line a claim: the verdict at this scale, and at the recorded others."""
+        """Print one line a claim: its verdict at this scale."""
         from gatebook.evidence import verdicts
 
         for claim_id, found in self.outcomes().items():
@@ -177,12 +177,35 @@ def start(slug: str, variables: dict[str, Any], extra: dict[str, type] | None = 
         if name not in allowed:
             raise ValueError(unknown("parameter", name, allowed))
     _check_values(given)
+    if not given["data_dir"]:
+        given["data_dir"] = variables["data_dir"] = os.environ.get("GATEBOOK_DATA", "")
     root = provenance.root()
     run = Run(root, ledger.load_chapter(root, slug), given)
     print(_banner(run))
     if run.scale == "full":
         print(price_tag(run.chapter))
+    _check_data(run.plan.dataset, given["data_dir"])
     return run
+
+
+def _check_data(name: str, data_dir: str) -> None:
+    """Open a data set and read its first row, so that what is missing is said before the work."""
+    from gatebook.data import sources
+
+    if name not in sources.DATASETS:
+        return  # generated, or chosen by a parameter of the chapter
+    split = sources.DATASETS[name].splits[0]
+    try:
+        row = next(iter(sources.load(name, split, data_dir, streaming=True)))
+    except (ValueError, sources.DataUnavailableError):
+        raise
+    except Exception as error:  # readers of damaged or empty files raise what they like
+        raise sources.DataUnavailableError(
+            f"{name} ({split}) cannot be read ({type(error).__name__}). {sources.how_to_get(name)}"
+        ) from error
+    if "text" in row and not isinstance(row["text"], str):
+        kind = type(row["text"]).__name__
+        raise ValueError(f"{name} ({split}): the column text holds {kind}, it needs str")
 
 
 def price_tag(chapter: Any, scale: str = "full", gpus: int | None = None) -> str:

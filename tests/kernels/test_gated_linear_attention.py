@@ -397,3 +397,36 @@ def test_no_tokens_raises():
     q, k, v, g, _ = inputs()
     with pytest.raises(ValueError, match="none of them empty"):
         gla(q[:, :0], k[:, :0], v[:, :0], g[:, :0])
+
+
+@pytest.mark.parametrize("backend", ["naive", "parallel", "chunked"])
+@pytest.mark.parametrize("closed", [-1e4, -1e9, -math.inf])
+def test_after_a_closed_gate_nothing_is_left_of_the_tokens_before(backend, closed):
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 130, 2, 8, generator=gen)
+    g = F.logsigmoid(torch.randn(1, 130, 2, 8, generator=gen)) / 16
+    g[:, 70] = closed
+    g.requires_grad_()
+    o, state = gla(q, k, v, g, backend=backend, output_final_state=True)
+    rest = [x[:, 70:].double() for x in (q, k, v, g)]
+    alone, last = gla(*rest, backend="naive", output_final_state=True)
+    for found, wanted in ((o[:, 70:], alone), (state, last)):
+        assert (found.double() - wanted).norm() <= 1e-5 * wanted.norm()
+    (gradient,) = torch.autograd.grad(o.sum(), g)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.ones(1, 4, 2, 8, dtype=torch.int64)}, "floating type"),
+        ({"v": torch.ones(1, 4, 2)}, "one shape"),
+        ({"v": torch.ones(1, 4, 2, 0)}, "none of them empty"),
+        ({"cu_seqlens": [0, 4]}, "tensor of offsets; got list"),
+        ({"chunk_size": 1.5}, "whole numbers"),
+    ],
+)
+def test_what_no_form_takes_is_refused(changes, message):
+    x = torch.ones(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        gla(**({"q": x, "k": x, "v": x, "g": -x} | changes))

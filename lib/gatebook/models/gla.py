@@ -45,6 +45,14 @@ class GLAConfig:
     backend: str = "auto"  # form of the operator, see `gatebook.kernels.gla`
     chunk_size: int = 64  # C of the chunkwise form
 
+    def __post_init__(self) -> None:
+        if self.mixer not in ("gla", "attention"):
+            raise ValueError(f"mixer must be gla or attention; got {self.mixer!r}")
+        if self.n_heads < 1 or self.tau <= 0:
+            raise ValueError(
+                f"n_heads is at least 1 and tau positive; got {self.n_heads} and {self.tau}"
+            )
+
 
 class LogGate(nn.Module):
     """The logarithm of the forget gate, log α_t ≤ 0, by one of the four rules of Table 4.

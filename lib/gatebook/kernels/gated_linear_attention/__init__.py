@@ -19,6 +19,7 @@ from gatebook.kernels.gated_linear_attention.naive import (
 __all__ = ["BACKENDS", "gla"]
 
 BACKENDS = ("auto", "naive", "parallel", "factorised", "chunked", "triton")
+CLOSED = -100.0  # e^-100 is nothing; sums of far smaller gates would drown those of open ones
 _WRITTEN_OUT = {"naive": naive_gla, "parallel": parallel_gla, "factorised": factorised_gla}
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
 
@@ -48,7 +49,8 @@ def gla(
         k: Keys `[B, T, H, K]`, of the same type.
         v: Values `[B, T, H, V]`, of the same type; V may differ from K.
         g: Natural-log gates log α `[B, T, H, K]` or, one per head, `[B, T, H, 1]`. Float32, or
-            float64 when q is float64. Not positive for a memory that decays; not checked.
+            float64 when q is float64. Not positive for a memory that decays; not checked. Minus
+            infinity closes a gate; "triton" needs finite gates and rounds beside those below -1e6.
         scale: The factor s; `K ** -0.5` when None (as in the released code; the text has none).
         initial_state: S_0 `[N, H, K, V]` in the type of g; zeros when None. N is B, or the number
             of packed sequences.
@@ -88,7 +90,7 @@ def gla(
             return _triton_gla(*inputs, output_final_state=output_final_state, reverse=reverse)
         form = _plain_form(backend, chunk_size, subchunk, reverse, offsets)
         state = g.new_zeros(state_shape) if initial_state is None else initial_state
-        o, state = form(q, k, v, g.expand(k.shape), scale, state)
+        o, state = form(q, k, v, g.clamp(min=CLOSED).expand(k.shape), scale, state)
     return o.to(v.dtype), state if output_final_state else None
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> None:
     """Shapes, types and devices of queries, keys, values and each array of gates."""
-    if q.ndim != 4 or 0 in q.shape or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+    fits = q.ndim == v.ndim == 4 and k.shape == q.shape and v.shape[:3] == q.shape[:3]
+    if not fits or 0 in q.shape or 0 in v.shape:
         raise ValueError(
             "q and k need one shape [B, T, H, K] and v [B, T, H, V], none of them empty; got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
@@ -28,7 +29,7 @@ def _check_gate(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
             f"g needs the shape of k, {list(k.shape)}, or {[*k.shape[:3], 1]}; got {list(g.shape)}"
         )
     wanted = torch.promote_types(q.dtype, torch.float32)
-    if not (q.dtype == k.dtype == v.dtype and g.dtype == wanted):
+    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype and g.dtype == wanted):
         raise ValueError(
             "q, k and v need one floating type, and g float32 (float64 with float64 q); got "
             f"{q.dtype}, {k.dtype}, {v.dtype} and {g.dtype}"
@@ -50,6 +51,8 @@ def check_options(backend: str, backends: tuple[str, ...], chunk_size: int, subc
     """The name of the form and its block lengths."""
     if backend not in backends:
         raise ValueError(f"backend must be one of {', '.join(backends)}; got {backend!r}")
+    if not (isinstance(chunk_size, int) and isinstance(subchunk, int)):
+        raise ValueError(f"chunk_size and subchunk are whole numbers; got {chunk_size}, {subchunk}")
     if chunk_size < 1 or subchunk < 1 or subchunk & (subchunk - 1):
         raise ValueError(
             "chunk_size must be at least 1 and subchunk a power of two; got "
@@ -65,6 +68,8 @@ def host_offsets(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
         raise ValueError(
             f"cu_seqlens packs sequences along T and needs B = 1; got B = {q.shape[0]}"
         )
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens needs a tensor of offsets; got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "cu_seqlens needs offsets [N + 1] of type int32 or int64; got "
