@@ -23,11 +23,17 @@ ABSOLUTE_PATH = re.compile(
 )
 IMAGE = re.compile(r"data:[a-z]+/[a-z0-9+.-]+;base64,[A-Za-z0-9+/=\\n]+")
 WORDS = [verdict for verdict in VERDICTS if verdict != "not run"]
-TYPED_VERDICT = re.compile(
-    rf"(?:\*\*|__|`|\|\s*|verdict[^\n]{{0,20}}?[\s:=]\W*|\bC\d+[^.\n]{{0,60}}?\bis )"
-    rf"({'|'.join(WORDS)})\b",
+VERDICT = rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])"
+ABOUT_CLAIMS = re.compile(r"\bC\d{1,2}\b|\b(?:claim|rule|verdict)s?\b", re.IGNORECASE)
+MARKED_VERDICT = re.compile(  # in bold, italics, code, quotation marks, HTML tags, a table's cell
+    rf"[*_`\"'“”„‘’«»]{VERDICT}|{VERDICT}[*_`\"”“’»]|(?:<[a-z][^>]*>|\|)\s*{VERDICT}"
+    rf"|{VERDICT}\s*(?:</|\|)",
     re.IGNORECASE,
 )
+SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bcf\.)[*_`\"”)]*\s+(?=[*_`\"“(<\[]*[A-Z])"
+)
+BLOCK_START = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*+]|\d+\.|#+|\||>)\s)")
 
 
 def check_notebook(path: Path, claims: set[str], extra: set[str] | None = None) -> list[str]:
@@ -148,11 +154,25 @@ def _check_prose(cells: list[dict[str, Any]], claims: set[str]) -> Iterator[str]
         if cell["cell_type"] == "markdown":
             for claim in sorted(set(re.findall(r"\bC\d+\b(?!\s*[=×x])", text)) - claims):
                 yield f"prose names the claim {claim}, which the .yml does not have"
-            for match in TYPED_VERDICT.finditer(text):
-                yield f"a verdict typed by hand: {match[0].strip()!r}; verdicts are computed"
+            for sentence in filter(_gives_a_verdict, _sentences(text)):
+                yield f"a verdict typed by hand: {sentence!r}; verdicts are computed"
         elif cell["cell_type"] == "code":
             for match in re.finditer(rf"[\"'](?:{'|'.join(WORDS)})[\"']", text):
                 yield f"a verdict typed by hand in code: {match[0]}; verdicts are computed"
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Sentences of a markdown cell, with wrapped lines joined."""
+    for block in BLOCK_START.split(text):
+        yield from SENTENCE_END.split(" ".join(block.split()))
+
+
+def _gives_a_verdict(sentence: str) -> bool:
+    """Whether a verdict word stands beside a claim, or is set off as a verdict is."""
+    if MARKED_VERDICT.search(sentence):
+        return True
+    plain = re.sub(r"<[^>]*>|[*_`]", " ", sentence)
+    return bool(re.search(VERDICT, plain, re.IGNORECASE) and ABOUT_CLAIMS.search(plain))
 
 
 def _check_budget(slug: str, data: dict[str, Any]) -> Iterator[str]:

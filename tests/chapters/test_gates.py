@@ -137,6 +137,53 @@ PLANTS: dict[str, tuple[Callable[[Notebook], Any], str]] = {
 }
 
 
+VERDICTS_IN_PROSE = (
+    "C1: supported",
+    "C1 — supported at small",
+    "*C1* was contradicted",
+    "This claim is contradicted by our run",
+    "C1 and C1 are supported",
+    "Here, with both arms, the effect is <b>supported</b>.",
+    "At a long length and after many steps C1, about the gates,\nturned out to be\nsupported.",
+    "The interval is wide, e.g. at `small`. By the rule it is Inconclusive.",
+    "- One thing\n- C1 was\n  reproduced",
+    "The verdicts at `medium`: two supported, one open.",
+    "The effect is *supported* here.",
+    "The effect is __contradicted__ here.",
+    "The effect is `inconclusive` here.",
+    "The effect is “reproduced” here.",
+    'The effect is "**supported**" here.',
+    "It was <em class='v'>reproduced</em>.",
+    "| effect | Contradicted |",
+    "In our run C1 (cf. Table 2, e.g. Adam) was supported.",
+)
+
+
+@pytest.mark.parametrize("text", VERDICTS_IN_PROSE)
+def test_a_verdict_typed_in_prose_is_caught(tmp_path: Path, good: Notebook, text: str) -> None:
+    bad = copies.deepcopy(good)
+    _prose(bad)["source"] = text.splitlines(keepends=True)
+    found = _faults(tmp_path, bad)
+    assert len(found) == 1
+    assert "a verdict typed by hand" in found[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "C1 compares two arms. Rotary positions are supported by the kernel.",
+        "The table of claims follows.\n\nThis form is supported by the hardware.",
+        "The flag `fused` supported by the driver is read; see <b>this</b> supported list.",
+        "We reproduced the released code's outputs to rounding.",
+        "Its margin is 0.1; C1 rests on an interval of 0.2 to 0.3.",
+    ],
+)
+def test_prose_without_a_verdict_passes(tmp_path: Path, good: Notebook, text: str) -> None:
+    notebook = copies.deepcopy(good)
+    _prose(notebook)["source"] = text
+    assert _faults(tmp_path, notebook) == []
+
+
 def test_the_good_notebook_passes(tmp_path: Path, good: Notebook) -> None:
     assert _faults(tmp_path, good) == []
 
