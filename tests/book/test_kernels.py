@@ -99,6 +99,16 @@ def test_a_target_is_judged_by_its_rule(
     assert kernels.outcome(target, value) == verdict
 
 
+def test_a_target_of_which_a_length_is_missing_is_not_reached_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fields = {"words": "w", "case": "gla-340m", "metric": "fwd", "kind": "at most", "reach": 1.0}
+    monkeypatch.setattr(kernels, "all_targets", lambda: (Target(**fields, lengths=(1024, 4096)),))
+    assert "reached at 1024; the rest not measured" in kernels.targets(Results((planted(),), ()))
+    monkeypatch.setattr(kernels, "all_targets", lambda: (Target(**fields, lengths=LENGTHS),))
+    assert "not measured" not in kernels.targets(Results((planted(),), ()))
+
+
 def test_every_target_names_a_case_and_a_method_that_are_measured() -> None:
     script = (ROOT / "benchmarks" / "kernels.py").read_text("utf-8")
     for target in kernels.all_targets():

@@ -368,13 +368,18 @@ def all_targets() -> tuple[Target, ...]:
     return tuple(Target(**entry) for entry in yaml.safe_load(text))
 
 
-def reached(target: Target, results: Results) -> float | None:
-    """What was measured for a target, the worst of its lengths; None if nothing was."""
+def measured(target: Target, results: Results) -> dict[int, float]:
+    """What was measured for a target: length and value, or ratio, in the order of lengths."""
     if target.kind == "at most":
         found = results.series(target.case, target.metric, "ours")
     else:
         found = results.ratios(target.case, target.metric, target.baseline)
-    values = [x for T, x in found.items() if not target.lengths or T in target.lengths]
+    return {T: x for T, x in found.items() if not target.lengths or T in target.lengths}
+
+
+def reached(target: Target, results: Results) -> float | None:
+    """The worst of what was measured for a target; None if nothing was."""
+    values = measured(target, results).values()
     if not values:
         return None
     worst = max(values) if target.kind == "at most" else min(values)
@@ -400,8 +405,12 @@ def targets(results: Results) -> str:
         limits = (
             "–" if x is None else sign + _amount(target, x) for x in (target.reach, target.aim)
         )
-        measured = "–" if value is None else _amount(target, value)
-        rows.append((target.words, *limits, measured, outcome(target, value)))
+        amount = "–" if value is None else _amount(target, value)
+        verdict = outcome(target, value)
+        lengths = measured(target, results)
+        if lengths and set(target.lengths) > set(lengths) and verdict != "missed":
+            verdict += f" at {' and '.join(map(str, lengths))}; the rest not measured"
+        rows.append((target.words, *limits, amount, verdict))
     head = ("what", "to reach", "aim", "measured", "outcome")
     return table("What was to be reached on one H100", head, rows)
 
