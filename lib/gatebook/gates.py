@@ -3,6 +3,7 @@
 `gatebook verify` runs all of them; the tests plant each fault and see it caught.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from gatebook.scaffold import PLACEHOLDER
 SMALL_SECONDS = 60
 SMALL_MEMORY_MB = 4096
 CELL_LINES = 32
+SHOWING = ("plotting.show", "run.claims", "run.verdicts", "print")
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w.:/~-])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|data|content|private|workspace)"
     r"/[\w.@+-][\w./@+-]*|[A-Za-z]:\\\\[\w.\\\\-]+"
@@ -116,6 +118,8 @@ def _check_outputs(code: list[dict[str, Any]]) -> Iterator[str]:
     for number, cell in enumerate(code, 1):
         if cell.get("execution_count") is None:
             yield f"code cell {number} has no execution count: outputs were stripped"
+        elif not cell.get("outputs") and (call := _call_that_shows("".join(cell["source"]))):
+            yield f"code cell {number} calls {call}, but stores no output"
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 yield f"code cell {number} stores an error: {output.get('ename')}"
@@ -124,6 +128,20 @@ def _check_outputs(code: list[dict[str, Any]]) -> Iterator[str]:
             text = IMAGE.sub("", json.dumps(output))
             for found in sorted(set(ABSOLUTE_PATH.findall(text))):
                 yield f"code cell {number} stores an absolute path: {found}"
+
+
+def _call_that_shows(source: str) -> str | None:
+    """The first call in `SHOWING` that runs whenever the cell does: a statement of its own."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic
+        return None
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            name = ast.unparse(node.value.func)
+            if name in SHOWING:
+                return name
+    return None
 
 
 def _check_parameters(code: list[dict[str, Any]], extra: set[str]) -> Iterator[str]:

@@ -59,7 +59,7 @@ def good() -> Notebook:
     """A notebook without a fault: the scaffold's, executed by hand."""
     notebook = json.loads(scaffold.notebook_of("svt"))
     for count, cell in enumerate(_code(notebook), 1):
-        cell["execution_count"] = count
+        cell |= {"execution_count": count, "outputs": [_print("as printed")]}
     return notebook
 
 
@@ -89,6 +89,22 @@ PLANTS: dict[str, tuple[Callable[[Notebook], Any], str]] = {
     "stripped outputs": (
         lambda nb: _code(nb)[2].update(execution_count=None, outputs=[]),
         "outputs were stripped",
+    ),
+    "emptied figure": (
+        lambda nb: _code(nb)[3].update(source="plotting.show(fig, alt='', caption='')", outputs=[]),
+        "code cell 4 calls plotting.show, but stores no output",
+    ),
+    "emptied claims": (
+        lambda nb: _code(nb)[3].update(source="x = 1\nrun.claims()", outputs=[]),
+        "code cell 4 calls run.claims, but stores no output",
+    ),
+    "emptied verdicts": (
+        lambda nb: _code(nb)[3].update(source="run.verdicts()", outputs=[]),
+        "code cell 4 calls run.verdicts, but stores no output",
+    ),
+    "emptied print": (
+        lambda nb: _code(nb)[3].update(source="if x:\n    y = 1\nprint(x)", outputs=[]),
+        "code cell 4 calls print, but stores no output",
     ),
     "stored error": (
         lambda nb: _code(nb)[2]["outputs"].append(_error("KeyError")),
@@ -135,6 +151,25 @@ PLANTS: dict[str, tuple[Callable[[Notebook], Any], str]] = {
         "has 50 lines",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 1",
+        "def tell():\n    print(1)",
+        "if run.scale == 'full':\n    print(1)\n    plotting.show(fig)",
+        "for x in []:\n    print(x)",
+        "try:\n    1 / 1\nexcept ZeroDivisionError:\n    print(1)",
+        "%matplotlib inline\nprint(1)",
+    ],
+)
+def test_a_cell_that_need_not_show_anything_passes(
+    tmp_path: Path, good: Notebook, source: str
+) -> None:
+    notebook = copies.deepcopy(good)
+    _code(notebook)[3].update(source=source, outputs=[])
+    assert _faults(tmp_path, notebook) == []
 
 
 VERDICTS_IN_PROSE = (
