@@ -87,3 +87,37 @@ def test_all_three_scales_are_planned(tmp_path: Path) -> None:
     scales = {"small": chapter_fields()["scales"]["small"]}
     with pytest.raises(schema.ChapterError, match="lacks"):
         _load(tmp_path, scales=scales)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_a_margin_that_is_not_finite_is_refused(tmp_path: Path, value: str) -> None:
+    text = yaml.safe_dump(chapter_fields(), sort_keys=False)
+    line = next(i for i, row in enumerate(text.splitlines(), 1) if "margin:" in row)
+    text = text.replace("margin: 0.1", f"margin: {value}")
+    with pytest.raises(schema.ChapterError, match=rf"toy\.yml:{line}: .*margin: .*finite"):
+        schema.load(_write(tmp_path, text))
+
+
+def test_a_key_given_twice_is_refused_where_it_stands_again(tmp_path: Path) -> None:
+    text = yaml.safe_dump(chapter_fields(), sort_keys=False)
+    text = text.replace("    margin: 0.1", "    margin: 0.1\n    margin: 0.0") + "year: 2025\n"
+    rows = text.splitlines()
+    with pytest.raises(schema.ChapterError) as error:
+        schema.load(_write(tmp_path, text))
+    assert str(error.value).splitlines() == [
+        f"toy.yml:{rows.index('    margin: 0.0') + 1}: margin: given twice",
+        f"toy.yml:{len(rows)}: year: given twice",
+    ]
+
+
+def test_a_merged_field_may_be_given_anew(tmp_path: Path) -> None:
+    text = yaml.safe_dump(chapter_fields(), sort_keys=False)
+    text = text.replace("  medium: *id001", "  medium:\n    <<: *id001\n    seeds: 5")
+    assert schema.load(_write(tmp_path, text)).scales["medium"].seeds == 5
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "toy.yml"
+    path.write_bytes("slug: toy\ntitle: Caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(schema.ChapterError, match=r"^toy\.yml:2: not UTF-8"):
+        schema.load(path)

@@ -1,6 +1,7 @@
 """The schema of `chapters/SLUG.yml`: claims, tests, scales and ambiguities of one paper."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ class ChapterError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Test(_Strict):
@@ -164,7 +165,12 @@ def load(path: str | Path) -> Chapter:
         ChapterError: malformed YAML or a wrong field; one line each, `file:line: field: problem`.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ChapterError(f"{path.name}:{line}: not UTF-8: {error.reason}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -175,6 +181,9 @@ def load(path: str | Path) -> Chapter:
         raise ChapterError(f"{path.name}{line}: not valid YAML: {problem}") from None
     if not isinstance(data, dict):
         raise ChapterError(f"{path.name}:1: the file must hold fields such as `slug:`")
+    twice = [f"{path.name}:{line}: {key}: given twice" for key, line in _given_twice(node, set())]
+    if twice:
+        raise ChapterError("\n".join(twice))
     try:
         chapter = Chapter.model_validate(data)
     except ValidationError as error:
@@ -183,6 +192,26 @@ def load(path: str | Path) -> Chapter:
     if chapter.slug != path.stem:
         raise ChapterError(f"{path.name}: slug: is {chapter.slug!r}, but the file is {path.name}")
     return chapter
+
+
+def _given_twice(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """Keys that a mapping repeats, with the line of the repetition, counted from 1.
+
+    YAML forbids them; the loader keeps the last one silently. `seen` are the nodes visited
+    already: an alias leads to the node that it names.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for place, (key, value) in enumerate(node.value):
+            if key.value in keys[:place]:
+                yield key.value, key.start_mark.line + 1
+            yield from _given_twice(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _given_twice(item, seen)
 
 
 def _describe(path: Path, node: yaml.Node, item: Any) -> str:
