@@ -1,7 +1,10 @@
 """The command line: help, errors that exit with 1 or 2, failed runs that keep their notebook."""
 
+import errno
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,119 @@ def test_ctrl_c_keeps_the_notebook_and_the_old_evidence(copy: Path) -> None:
     assert "Aborted" in result.output
     assert (copy / "runs/gla-small.ipynb").is_file()
     assert ledger.evidence_path(copy, "gla", "small").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "there is no such notebook in chapters/"),
+        ("{", "not readable as a notebook: JSONDecodeError"),
+        ("3", "not readable as a notebook: TypeError"),
+        ('{"cells": []}', "not readable as a notebook: KeyError: 'nbformat'"),
+        (
+            '{"nbformat": 3, "cells": []}',
+            "not readable as a notebook: ValueError: nbformat is 3, not 4",
+        ),
+        ('{"nbformat": 4, "cells": [{}]}', "not readable as a notebook: KeyError"),
+    ],
+)
+def test_a_missing_or_broken_notebook_is_named(
+    copy: Path, text: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatebook.runner.execute", lambda *_: pytest.fail("it started"))
+    path = copy / "chapters/gla.ipynb"
+    path.unlink() if text is None else path.write_text(text)
+    for words in (("run", "gla"), ("run", "gla", "-p", "seed=1"), ("list",)):
+        result = _call(*words)
+        assert result.exit_code == 1
+        assert f"Error: gla.ipynb: {problem}" in result.output
+
+
+def test_a_cell_that_is_not_python_is_named(copy: Path) -> None:
+    _break(copy, "x = = 1")
+    result = _call("list")
+    assert result.exit_code == 1
+    assert "Error: gla.ipynb: code cell 2: invalid syntax" in result.output
+
+
+def test_list_names_a_chapter_file_that_is_broken(copy: Path) -> None:
+    (copy / "chapters/gla.yml").write_bytes(b"slug: gla\ntitle: \xff\n")
+    result = _call("list")
+    assert result.exit_code == 1
+    assert "Error: gla.yml:2: not UTF-8" in result.output
+
+
+def test_the_module_is_the_command_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gatebook.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "gatebook run gla" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:the file is not specified with any extension")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_message(copy: Path) -> None:
+    result = _call("run", "gla", "-o", "/dev/full")
+    assert result.exit_code == 1
+    assert "Error: gla: could not write /dev/full: No space left on device" in result.output
+
+
+def _record_again(root: Path, slug: str, _parameters: object, output: Path) -> None:
+    """What a run leaves: new evidence, and an executed notebook."""
+    data = ledger.read(root, slug, "small").data
+    ledger.write(root, {key: data[key] for key in ledger.FIELDS} | {"date": "2030-01-01"})
+    output.parent.mkdir(exist_ok=True)
+    notebook = json.loads((root / f"chapters/{slug}.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "new"}]
+    output.write_text(json.dumps(notebook))
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    names = ("chapters", "results")
+    return {
+        path: path.read_bytes()
+        for name in names
+        for path in (folder / name).rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_update_replaces_evidence_and_outputs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _files(copy)
+    monkeypatch.setattr("gatebook.runner.execute", _record_again)
+    assert _call("run", "gla", "--update").exit_code == 0
+    after = _files(copy)
+    assert after.keys() == before.keys()
+    changed = {path.name for path in after if after[path] != before[path]}
+    assert changed == {"small.json", "gla.ipynb"}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_full_disk_in_update_leaves_old_evidence_and_old_outputs(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    evidence = ledger.evidence_path(copy, "gla", "small")
+    kept = evidence.read_bytes()
+    if not recorded:
+        evidence.unlink()
+    before = _files(copy)
+
+    def full(path: Path, text: str, **_: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run_then_full(root: Path, slug: str, parameters: object, output: Path) -> None:
+        evidence.write_bytes(kept)
+        _record_again(root, slug, parameters, output)
+        monkeypatch.setattr(Path, "write_text", full)
+
+    monkeypatch.setattr("gatebook.runner.execute", run_then_full)
+    result = _call("run", "gla", "--update")
+    assert result.exit_code == 1
+    assert "could not write chapters/gla.ipynb: No space left on device" in result.output
+    assert _files(copy) == before
 
 
 @pytest.mark.parametrize(

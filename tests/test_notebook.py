@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "chapters").mkdir()
     (tmp_path / "chapters/toy.yml").write_text(yaml.safe_dump(chapter_fields()))
-    cells = '{"cells": []}'
+    cells = '{"nbformat": 4, "cells": []}'
     (tmp_path / "chapters/toy.ipynb").write_text(cells)
     monkeypatch.setattr(provenance, "root", lambda: tmp_path)
     return tmp_path

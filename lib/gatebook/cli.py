@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,13 @@ def run(
         parameters["record"] = True
     output = output or Path("runs") / f"{slug}-{scale}.ipynb"
     started = time.perf_counter()
-    failure = runner.execute(root, slug, parameters, output)
-    if failure:
-        raise click.ClickException(f"{failure}\nThe notebook up to there: {output}")
-    if update:
-        runner.store_outputs(root, slug, output)
+    together = ledger.restored_on_failure(root, slug, scale) if update else nullcontext()
+    with _reported(), together:
+        failure = runner.execute(root, slug, parameters, output)
+        if failure:
+            raise click.ClickException(f"{failure}\nThe notebook up to there: {output}")
+        if update:
+            runner.store_outputs(root, slug, output)
     click.echo(f"{slug} at {scale}: {time.perf_counter() - started:.1f} s, {output}")
 
 
@@ -196,12 +200,26 @@ def _root() -> Path:
 
 def _guard(function: Any, *args: Any) -> Any:
     """Call, and turn the library's own errors into one message and exit status 1."""
+    with _reported():
+        return function(*args)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn the library's own errors into one message and exit status 1."""
     from gatebook.data.sources import DataUnavailableError
     from gatebook.evidence.ledger import EvidenceError
+    from gatebook.runner import NotebookError
 
     try:
-        return function(*args)
-    except (ValueError, FileNotFoundError, EvidenceError, DataUnavailableError) as error:
+        yield
+    except (
+        ValueError,
+        FileNotFoundError,
+        EvidenceError,
+        DataUnavailableError,
+        NotebookError,
+    ) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -209,7 +227,7 @@ def _parameters(root: Path, slug: str, pairs: tuple[str, ...]) -> dict[str, Any]
     """`NAME=VALUE` pairs, checked against the notebook's parameters before anything starts."""
     from gatebook import runner
 
-    defaults = runner.default_parameters(root, slug)
+    defaults = _guard(runner.default_parameters, root, slug)
     given: dict[str, Any] = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
@@ -225,3 +243,7 @@ def _parameters(root: Path, slug: str, pairs: tuple[str, ...]) -> dict[str, Any]
             kind = type(defaults[name]).__name__
             raise click.UsageError(f"parameter {name!r} must be {kind}, got {text!r}") from None
     return given
+
+
+if __name__ == "__main__":
+    main()

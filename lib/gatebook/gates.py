@@ -47,10 +47,9 @@ def check_notebook(path: Path, claims: set[str], extra: set[str] | None = None) 
         extra: the chapter's own parameters, besides the shared ones.
     """
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        cells = notebook["cells"]
-    except (json.JSONDecodeError, KeyError) as error:
-        return [f"{path.name}: not readable as a notebook: {error}"]
+        cells = provenance.read_notebook(path)["cells"]
+    except ValueError as error:
+        return [str(error)]
     code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"])]
     faults = [
         *_check_outputs(code),
@@ -95,8 +94,8 @@ def check_chapter(root: Path, slug: str) -> list[str]:
         return [f"{slug}: chapters/{slug}.yml has no notebook beside it"]
     try:
         source = "\n".join(provenance.code_cells(notebook))
-    except (json.JSONDecodeError, KeyError) as error:
-        return [f"{notebook.name}: not readable as a notebook: {error}"]
+    except ValueError as error:
+        return [str(error)]
     both = notebook.read_text(encoding="utf-8") + notebook.with_suffix(".yml").read_text("utf-8")
     faults = check_notebook(notebook, {claim.id for claim in chapter.claims}, _own(source))
     if PLACEHOLDER in both:

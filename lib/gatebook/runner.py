@@ -1,30 +1,44 @@
 """Run a chapter's notebook through papermill, and store its outputs."""
 
 import ast
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from gatebook.evidence import provenance
+
 DROPPED_METADATA = ("papermill", "execution", "widgets")
+
+
+class NotebookError(RuntimeError):
+    """A notebook could not be written."""
 
 
 def default_parameters(root: Path, slug: str) -> dict[str, Any]:
     """Names and default values in the notebook's cell that is tagged `parameters`.
 
     Raises:
-        ValueError: there is no such cell.
+        FileNotFoundError: there is no such notebook.
+        ValueError: it is broken, or has no such cell.
     """
     path = root / "chapters" / f"{slug}.ipynb"
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            body = ast.parse("".join(cell["source"])).body
-            return {
-                node.targets[0].id: ast.literal_eval(node.value)
-                for node in body
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            }
+    for cell in provenance.read_notebook(path)["cells"]:
+        if "parameters" in _tags(cell):
+            try:
+                return _assigned("".join(cell["source"]))
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"{path.name}: the parameters cell: {error}") from None
     raise ValueError(f"{path.name} has no cell tagged `parameters`")
+
+
+def _assigned(source: str) -> dict[str, Any]:
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
 
 
 def convert(text: str, kind: type) -> Any:
@@ -49,12 +63,13 @@ def execute(root: Path, slug: str, parameters: dict[str, Any], output: Path) -> 
 
     Raises:
         KeyboardInterrupt: passed on after the partial notebook was kept.
+        NotebookError: the output could not be written.
     """
     import papermill
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(root / "chapters" / f"{slug}.ipynb"),
             str(output),
@@ -67,6 +82,9 @@ def execute(root: Path, slug: str, parameters: dict[str, Any], output: Path) -> 
     except papermill.PapermillExecutionError as error:
         number = error.exec_count - bool(parameters)  # papermill puts a cell of its own before it
         return f"{slug}: code cell {number} failed with {error.ename}: {error.evalue}"
+    except OSError as error:
+        where = error.filename or output
+        raise NotebookError(f"{slug}: could not write {where}: {error.strerror}") from error
     return None
 
 
@@ -74,10 +92,13 @@ def store_outputs(root: Path, slug: str, executed: Path) -> None:
     """Put the outputs of an executed notebook into the chapter, replaced in one step.
 
     Everything else of the chapter stays: sources, tags, kernel. What papermill adds is dropped.
+
+    Raises:
+        NotebookError: the chapter could not be written; the old one is untouched.
     """
     path = root / "chapters" / f"{slug}.ipynb"
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    ran = json.loads(executed.read_text(encoding="utf-8"))
+    notebook = provenance.read_notebook(path)
+    ran = provenance.read_notebook(executed)
     done = [cell for cell in ran["cells"] if "injected-parameters" not in _tags(cell)]
     count = 0
     for cell, new in zip(notebook["cells"], done, strict=True):
@@ -92,8 +113,17 @@ def store_outputs(root: Path, slug: str, executed: Path) -> None:
         for name in DROPPED_METADATA:
             cell["metadata"].pop(name, None)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise NotebookError(
+            f"could not write chapters/{path.name}: {error.strerror}; the old outputs are untouched"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _tags(cell: dict[str, Any]) -> list[str]:

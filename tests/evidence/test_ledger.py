@@ -28,7 +28,7 @@ def book(tmp_path: Path) -> Path:
     fields = yaml.safe_dump(chapter_fields(), sort_keys=False)
     (tmp_path / "chapters/toy.yml").write_text(fields)
     cell = {"cell_type": "code", "metadata": {}, "source": ["x = 1\n"], "outputs": []}
-    (tmp_path / "chapters/toy.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (tmp_path / "chapters/toy.ipynb").write_text(json.dumps({"nbformat": 4, "cells": [cell]}))
     return tmp_path
 
 
@@ -89,7 +89,7 @@ def test_comments_and_outputs_do_not_make_evidence_stale(book: Path) -> None:
         "source": ["x = 1  # the same\n"],
         "outputs": [{"output_type": "stream", "name": "stdout", "text": "hello"}],
     }
-    (book / "chapters/toy.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (book / "chapters/toy.ipynb").write_text(json.dumps({"nbformat": 4, "cells": [cell]}))
     assert not ledger.read(book, "toy", "small").stale
 
 

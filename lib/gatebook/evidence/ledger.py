@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,39 @@ def write(root: Path, body: dict[str, Any]) -> Path:
             "the old evidence is untouched"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def restored_on_failure(root: Path, slug: str, scale: str) -> Iterator[None]:
+    """Put the old evidence back, or none, when what is done meanwhile fails or is interrupted.
+
+    So evidence and stored outputs are replaced together or not at all. The old file is copied
+    beforehand: putting it back needs no space.
+
+    Raises:
+        EvidenceError: the copy could not be written; nothing has begun then.
+    """
+    path = evidence_path(root, slug, scale)
+    before = path.with_name(f".{path.name}.{os.getpid()}.before")
+    try:
+        try:
+            if path.exists():
+                shutil.copy2(path, before)
+        except OSError as error:
+            raise EvidenceError(
+                f"could not copy results/{slug}/{path.name} before the run: {error.strerror}"
+            ) from error
+        try:
+            yield
+        except BaseException:
+            if before.exists():
+                os.replace(before, path)
+            else:
+                path.unlink(missing_ok=True)
+            raise
+    finally:
+        with contextlib.suppress(OSError):
+            before.unlink(missing_ok=True)
 
 
 def lock_path(root: Path) -> Path:

@@ -80,15 +80,46 @@ def _decisive(path: Path) -> str:
     return json.dumps([scales, tests], sort_keys=True)
 
 
+def read_notebook(path: Path) -> dict[str, Any]:
+    """A notebook as stored.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no notebook; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name}: there is no such notebook in {path.parent.name}/")
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if notebook["nbformat"] != 4:
+            raise ValueError(f"nbformat is {notebook['nbformat']}, not 4")
+        for cell in notebook["cells"]:
+            "".join(cell["source"]), cell["cell_type"], cell["metadata"].get("tags", [])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path.name}: not readable as a notebook: {problem}") from None
+    return notebook
+
+
 def code_cells(notebook: Path) -> list[str]:
-    """Sources of a notebook's code cells, without papermill's injected parameters."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [
+    """Sources of a notebook's code cells, without papermill's injected parameters.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no notebook, or a cell is not Python; the message names it.
+    """
+    sources = [
         "".join(cell["source"])
-        for cell in cells
+        for cell in read_notebook(notebook)["cells"]
         if cell["cell_type"] == "code"
         and "injected-parameters" not in cell["metadata"].get("tags", [])
     ]
+    for number, source in enumerate(sources, 1):
+        try:
+            ast.parse(source)
+        except SyntaxError as error:
+            raise ValueError(f"{notebook.name}: code cell {number}: {error}") from None
+    return sources
 
 
 def imported_modules(source: str) -> dict[str, Path]:
