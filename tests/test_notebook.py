@@ -129,3 +129,45 @@ def test_a_run_turns_observations_into_recorded_verdicts(
 
 def test_progress_passes_items_through() -> None:
     assert list(_start().progress(range(3), "counting")) == [0, 1, 2]
+
+
+def test_damaged_evidence_of_another_scale_does_not_lose_this_run(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, written = _start(record=True), []
+    monkeypatch.setattr(ledger, "write", lambda root, found: written.append(found) or root / "x")
+
+    def damaged(run: gatebook.Run) -> str:
+        raise ledger.EvidenceError("medium.json is damaged")
+
+    monkeypatch.setattr("gatebook.notebook._claims_table", damaged)
+    with pytest.raises(ledger.EvidenceError, match="damaged"):
+        run.claims()
+    assert len(written) == 1
+
+
+def test_the_data_are_opened_before_the_work(tmp_path: Path) -> None:
+    from gatebook import notebook
+    from gatebook.data import sources
+
+    with pytest.raises(sources.DataUnavailableError, match=r"slimpajama: 895 GB.*load_dataset"):
+        notebook._check_data("slimpajama", str(tmp_path))
+    folder = tmp_path / "slimpajama"
+    folder.mkdir()
+    (folder / "train.parquet").write_bytes(b"half of a file")
+    with pytest.raises(sources.DataUnavailableError, match=r"slimpajama \(train\) cannot be read"):
+        notebook._check_data("slimpajama", str(tmp_path))
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(str(folder / "train.parquet"))
+    with pytest.raises(ValueError, match="the column text holds int, it needs str"):
+        notebook._check_data("slimpajama", str(tmp_path))
+    notebook._check_data("generated", "")
+
+
+def test_an_empty_data_dir_takes_the_environment_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GATEBOOK_DATA", "mirror")
+    variables = DEFAULTS | {"data_dir": ""}
+    assert gatebook.start("toy", variables).data_dir == "mirror"
+    assert variables["data_dir"] == "mirror"

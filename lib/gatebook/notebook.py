@@ -103,10 +103,12 @@ class Run:
         """
         from gatebook.evidence import ledger
 
-        _display_html(_claims_table(self))
-        if self.record:
-            path = ledger.write(self.root, self._evidence())
-            print(f"recorded in {path.relative_to(self.root).as_posix()}")
+        try:
+            _display_html(_claims_table(self))  # first, in case the evidence cannot be written
+        finally:  # even if another scale's evidence cannot be read
+            if self.record:
+                path = ledger.write(self.root, self._evidence())
+                print(f"recorded in {path.relative_to(self.root).as_posix()}")
 
     def verdicts(self) -> None:
         """Print one line a claim: its verdict at this scale."""
@@ -197,9 +199,9 @@ def _check_data(name: str, data_dir: str) -> None:
     split = sources.DATASETS[name].splits[0]
     try:
         row = next(iter(sources.load(name, split, data_dir, streaming=True)))
-    except (ValueError, sources.DataUnavailableError):
-        raise
     except Exception as error:  # readers of damaged or empty files raise what they like
+        if type(error) in (ValueError, sources.DataUnavailableError):
+            raise  # these are ours, and say what to do
         raise sources.DataUnavailableError(
             f"{name} ({split}) cannot be read ({type(error).__name__}). {sources.how_to_get(name)}"
         ) from error
