@@ -171,3 +171,12 @@ def test_an_empty_data_dir_takes_the_environment_variable(
     variables = DEFAULTS | {"data_dir": ""}
     assert gatebook.start("toy", variables).data_dir == "mirror"
     assert variables["data_dir"] == "mirror"
+
+
+def test_start_stops_where_the_data_are_missing(book: Path) -> None:
+    fields = chapter_fields()
+    fields["scales"]["small"]["dataset"] = "slimpajama"
+    (book / "chapters/toy.yml").write_text(yaml.safe_dump(fields))
+    (book / "mirror").mkdir()
+    with pytest.raises(RuntimeError, match="slimpajama: 895 GB"):
+        _start(data_dir=str(book / "mirror"))
