@@ -18,6 +18,8 @@ cases       gla-340m, gla-1.3b   one layer of the paper's models, 32,768 tokens 
 metrics     fwd, fwdbwd          median ms; forward is without gradients, forward + backward gives
                                  those of q, k, v and the gates for a fixed gradient of the output
             fwd_wall, fwdbwd_wall   ms a call when calls follow one another without a pause
+            fwd_graph            the same without launches: the calls are in one CUDA graph, each
+                                 with inputs of its own, so that none is read from a cache
             memory               MiB: peak of forward + backward above inputs and output gradient
             first_call           s: forward + backward in a new process, nothing compiled before
             error_o, error_dq …  RMS difference from float64 over the RMS of float64; one sequence
@@ -26,7 +28,8 @@ methods     ours; fla (flash-linear-attention's chunk_gla or, for a step, fused_
             sdpa-flash and sdpa-cudnn (torch's softmax attention, heads of 64, equal total width),
             sdpa (its choice on the CPU), chunked (ours in plain PyTorch), naive (the recurrence),
             flips (two causal calls), causal (one causal call), floor (bytes over copy bandwidth:
-            each pass reads its inputs once and writes its outputs once)
+            each pass reads its inputs once and writes its outputs once), copy (a copy that moves
+            the bytes of the floor)
 """
 
 import argparse
@@ -62,8 +65,19 @@ SECONDS = {"cpu": 1.0, "cuda": 0.1}  # for each number; slow calls are timed thr
 LONGEST_NAIVE = 2048  # on the CPU: the recurrence is slow
 LONGEST_EXACT = 1024  # up to here the float64 reference is the recurrence, then the chunked form
 TARGET = 20  # times faster than the recurrence on the CPU, forward and backward, T = 2048
-BASELINES = ("floor", "sdpa", "sdpa-flash", "sdpa-cudnn", "naive", "chunked", "flips", "causal")
-METRICS = ("fwd", "fwdbwd", "fwd_wall", "fwdbwd_wall", "memory", "first_call", "error")
+BASELINES = (
+    "floor",
+    "sdpa",
+    "sdpa-flash",
+    "sdpa-cudnn",
+    "naive",
+    "chunked",
+    "flips",
+    "causal",
+    "copy",
+)
+METRICS = ("fwd", "fwdbwd", "fwd_wall", "fwdbwd_wall", "fwd_graph", "memory", "first_call", "error")
+CALLS_IN_GRAPH = 16
 HEAD_WIDTH = 64  # of the softmax attention that ours is compared with
 
 
@@ -117,8 +131,8 @@ CASES = (
         lengths=(1,),
         batch=64,
         stateful=True,
-        metrics=("fwd", "fwd_wall"),
-        baselines=("floor", "fla", "chunked"),
+        metrics=("fwd", "fwd_wall", "fwd_graph"),
+        baselines=("floor", "copy", "fla", "chunked"),
     ),
     Case(
         name="fig2",
@@ -246,6 +260,11 @@ SDPA = {
 def operator(method: str, case: Case, length: int, options: argparse.Namespace) -> Operator:
     """A method with inputs of a case's shape."""
     batch = case.batch or max(1, options.tokens // length)
+    if method == "copy":
+        half = bytes_moved(case, operator("ours", case, length, options))["fwd"] // 2
+        return Operator(
+            Tensor.clone, (torch.zeros(half, dtype=torch.uint8, device=options.device),)
+        )
     if case.stateful:
         return step_operator(method, case, batch, options)
     if method in SDPA:
@@ -268,18 +287,16 @@ def step_operator(method: str, case: Case, batch: int, options: argparse.Namespa
     inputs = gla_inputs(case, batch, 1, options.device)
     state = torch.randn(batch, case.H, case.K, case.V, device=options.device)
     if method == "fla":
-        from fla.ops.gla import fused_recurrent_gla
+        from fla.ops.gla import fused_recurrent_gla as run
 
-        def call(*x: Tensor) -> Tensor:
-            return fused_recurrent_gla(*x, initial_state=state, output_final_state=True)[0]
+        more = {}
     else:
-        backend = options.backend if method == "ours" else method
+        run, more = kernels.gla, {"backend": options.backend if method == "ours" else method}
 
-        def call(*x: Tensor) -> Tensor:
-            more = {"initial_state": state, "output_final_state": True, "backend": backend}
-            return kernels.gla(*x, **more)[0]
+    def call(*x: Tensor) -> Tensor:
+        return run(*x[:4], initial_state=x[4], output_final_state=True, **more)[0]
 
-    return Operator(call, inputs, ("q", "k", "v", "g"))
+    return Operator(call, (*inputs, state), ("q", "k", "v", "g", "initial_state"))
 
 
 # --- measuring ------------------------------------------------------------------------------
@@ -353,6 +370,22 @@ def wall_milliseconds(call: Callable[[], object], device: str) -> float:
     return sorted(rounds[1:])[2]
 
 
+def graph_milliseconds(op: Operator) -> float:
+    """Time of a call among others on the GPU: `CALLS_IN_GRAPH` of them, or more if the L2 cache
+    would still hold inputs when their turn comes again. What they give is kept until the end.
+    """
+    cache = torch.cuda.get_device_properties(op.inputs[0].device).L2_cache_size
+    size = sum(x.numel() * x.element_size() for x in op.inputs)
+    calls = max(CALLS_IN_GRAPH, -(-4 * cache // size))
+    own = [[x.detach().clone() for x in op.inputs] for _ in range(calls)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        kept = [op.call(*inputs) for inputs in own]
+    milliseconds = measure.latency(graph.replay, device="cuda", min_seconds=0.1) / calls
+    del kept
+    return milliseconds
+
+
 def _synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -371,6 +404,8 @@ def timings(op: Operator, metrics: Iterable[str], options: argparse.Namespace) -
         if metric == "memory" and options.device == "cuda":
             both()
             yield metric, measure.peak_memory(both) / 2**20
+        elif wall == "graph" and options.device == "cuda":
+            yield metric, graph_milliseconds(op)
         elif name in calls and wall:
             yield metric, wall_milliseconds(calls[name], options.device)
         elif metric in calls:
@@ -390,14 +425,17 @@ def time_method(session: Session, case: Case, T: int, method: str, metrics: list
         session.fail(case.name, ",".join(metrics), T, method, error)
 
 
+def bytes_moved(case: Case, op: Operator) -> dict[str, int]:
+    """What each pass reads and writes if it does so once."""
+    size = [x.numel() * x.element_size() for x in op.inputs]
+    o, state = size[2], size[-1] if case.stateful else 0
+    forward = sum(size) + o + state
+    return {"fwd": forward, "fwd_graph": forward, "fwdbwd": 3 * sum(size) + 2 * o}
+
+
 def floor(session: Session, case: Case, T: int, metrics: list[str]) -> None:
     """Bytes that must move, over the copy bandwidth of this machine."""
-    op = operator("ours", case, T, session.options)
-    size = [x.numel() * x.element_size() for x in op.inputs]
-    o = op.inputs[2].numel() * op.inputs[2].element_size()
-    batch = op.inputs[0].shape[0]
-    state = 2 * 4 * batch * case.H * case.K * case.V if case.stateful else 0
-    moved = {"fwd": sum(size) + o + state, "fwdbwd": 3 * sum(size) + 2 * o}
+    moved = bytes_moved(case, operator("ours", case, T, session.options))
     for metric in metrics:
         if metric in moved and session.bandwidth:
             session.add(case.name, metric, T, "floor", 1000 * moved[metric] / session.bandwidth)

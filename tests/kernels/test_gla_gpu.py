@@ -13,7 +13,6 @@ import torch
 
 from gatebook.kernels import bidirectional_gla, gla
 from kernels.gla_cases import (
-    CHUNKED,
     FEATURES,
     GATES,
     Case,
@@ -21,6 +20,7 @@ from kernels.gla_cases import (
     bidirectional,
     bidirectional_reference,
     causal,
+    chunked,
     inputs,
     parametrise,
     reference,
@@ -75,14 +75,14 @@ def in_kind(case, kind):
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(case, kind):
     case = in_kind(case, kind)
     xs = inputs(case, "cuda")
-    assert_right(causal(case, xs), reference(case, xs, CHUNKED), xs, kind)
+    assert_right(causal(case, xs), reference(case, xs, chunked), xs, kind)
 
 
 @parametrise(*BOTH_WAYS)
 def test_bidirectional_is_the_mean_of_a_recurrence_from_each_end(case, kind):
     case = in_kind(case, kind)
     xs = inputs(case, "cuda", n_gates=2)
-    assert_right(bidirectional(case, xs), bidirectional_reference(case, xs, CHUNKED), xs, kind)
+    assert_right(bidirectional(case, xs), bidirectional_reference(case, xs, chunked), xs, kind)
 
 
 @pytest.mark.parametrize(("keys", "values"), [(16, 16), (24, 40), (128, 256), (256, 512)])
@@ -96,7 +96,7 @@ def test_decoding_token_by_token_is_the_recurrence(keys, values, gate_per_head, 
         token = (x[:, t : t + 1] for x in xs.tensors)
         o, state = gla(*token, initial_state=state, output_final_state=True, backend="triton")
         outputs.append(o)
-    want = reference(case, xs, CHUNKED)
+    want = reference(case, xs, chunked)
     found = {"o": torch.cat(outputs, 1), "final state": state}
     assert_right(found, {name: want[name] for name in found}, xs, kind)
 

@@ -31,6 +31,7 @@ UNITS = {
     "fwdbwd": "ms",
     "fwd_wall": "ms",
     "fwdbwd_wall": "ms",
+    "fwd_graph": "ms",
     "memory": "MiB",
     "first_call": "s",
     "copy": "GB/s",

@@ -50,7 +50,7 @@ def gla(
         v: Values `[B, T, H, V]`, of the same type; V may differ from K.
         g: Natural-log gates log α `[B, T, H, K]` or, one per head, `[B, T, H, 1]`. Float32, or
             float64 when q is float64. Not positive for a memory that decays; not checked. Minus
-            infinity closes a gate; "triton" needs finite gates and rounds beside those below -1e6.
+            infinity closes a gate; below -100, where e^g is nothing, a gate counts as -100.
         scale: The factor s; `K ** -0.5` when None (as in the released code; the text has none).
         initial_state: S_0 `[N, H, K, V]` in the type of g; zeros when None. N is B, or the number
             of packed sequences.

@@ -95,7 +95,7 @@ class _Operator:
     ) -> None:
         import triton.language as tl
 
-        from gatebook.kernels.gated_linear_attention.gpu import gradients, prepare, sweep
+        from gatebook.kernels.gated_linear_attention.gpu import gradients, prepare, step, sweep
 
         batch, length, self.heads, self.keys = shape
         self.shape, self.values, self.dtype, self.device = shape, values, dtype, device
@@ -112,6 +112,7 @@ class _Operator:
             "join": sweep.join,
             "score_gradients": gradients.score_gradients,
             "gradients": gradients.gradients,
+            "step": step.step,
         }
         self.fixed = {
             "C": self.tiles.chunk,
@@ -355,6 +356,28 @@ class _Operator:
             self.launch("gradients", grid, args, options, (q, k, gates, v, do))
         return da if g.shape == k.shape else da.sum(-1, keepdim=True)
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One token of each sequence: its output, and the state after it."""
+        batch, h = self.shape[0], self.heads
+        gates, state = g.expand(k.shape), None if state is None else state.contiguous()
+        o = self.like(self.values)
+        after = self.empty(batch, h, self.keys, self.values, dtype=torch.float32)
+        args = (
+            *(q, k, v, gates, state, o, after, scale),
+            *q.stride()[1:3],
+            *k.stride()[1:3],
+            *v.stride()[1:3],
+            *gates.stride()[1:],
+            *(h, self.keys, self.values),
+        )
+        options = {**self.tiles.step, "START": state is not None}
+        grid = (-(-self.values // options["BLOCK"]), batch, h)
+        given = tuple(x for x in (q, k, v, gates, state) if x is not None)
+        self.launch("step", grid, args, options, given)
+        return o, after
+
 
 @lru_cache(maxsize=64)
 def _operator(*key: Any) -> _Operator:
@@ -510,29 +533,6 @@ def step(
     Returns:
         The output `[B, 1, H, V]` and the state after the token, a new tensor.
     """
-    import triton.language as tl
-
-    from gatebook.kernels.gated_linear_attention.gpu.step import step as kernel
-
-    q, k, v, gates = _rows(q), _rows(k), _rows(v), _rows(g).expand(k.shape)
-    (batch, _, heads, keys), values = q.shape, v.shape[-1]
-    o = torch.empty(batch, 1, heads, values, dtype=v.dtype, device=v.device)
-    after = torch.empty(batch, heads, keys, values, dtype=torch.float32, device=v.device)
-    state = None if state is None else state.contiguous()
-    block = min(planning.power_of_two(values), 64)
+    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
     with torch.cuda.device_of(q):
-        kernel[(-(-values // block), batch, heads)](
-            *(q, k, v, gates, state, o, after),
-            float(scale),
-            *q.stride()[1:3],
-            *k.stride()[1:3],
-            *v.stride()[1:3],
-            *gates.stride()[1:],
-            *(heads, keys, values),
-            WIDTH=planning.power_of_two(keys),
-            BLOCK=block,
-            START=state is not None,
-            KIND=tl.bfloat16 if v.dtype == torch.bfloat16 else tl.float32,
-            num_warps=4,
-        )
-    return o, after
+        return _operator_for(q, v, None).step(q, k, v, g, float(scale), state)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(60.0)  # log2 of the decay of half a chunk, so that no factor leaves 2^±126
+CLOSED = tl.constexpr(-100.0)  # a log gate below it counts as this: e^-100 is 0 beside any sum
 
 
 @triton.jit
@@ -36,14 +37,20 @@ def load_tile(x, row, column, stride, live):
 
 
 @triton.jit
+def log2_gates(a):
+    """Log gates to base 2. A closed one, −∞ perhaps, must not cost a sum its other summands."""
+    return tl.maximum(a, CLOSED, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+
+
+@triton.jit
 def load_gates(
     x, row, column, stride, live, C: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr
 ):
     """A tile of log gates to base 2, of which the first row is at `x`; SHARED by all channels."""
     if SHARED:
         own = tl.load(x + row * stride, mask=tl.max(live.to(tl.int32), 1) > 0, other=0.0)
-        return own[:, None] * tl.full([C, BLOCK], LOG2E, tl.float32)
-    return load_tile(x, row, column, stride, live) * LOG2E
+        return log2_gates(own)[:, None] + tl.zeros([C, BLOCK], tl.float32)
+    return log2_gates(load_tile(x, row, column, stride, live))
 
 
 @triton.jit
@@ -55,6 +62,6 @@ def next_decay(decay, a_row, a_token, j, length, live, C: tl.constexpr, REVERSE:
     row = tl.arange(0, C)[:, None]
     i = j - 1 if REVERSE else j + 1
     inside = live & (i >= 0) & (i < length)
-    a = tl.load(a_row + i * a_token, mask=inside, other=0.0) * LOG2E
+    a = log2_gates(tl.load(a_row + i * a_token, mask=inside, other=0.0))
     later = row < j if REVERSE else row > j
     return tl.where(later, decay + a, 0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
-    LOG2E,
+    load_gates,
     load_tile,
     next_decay,
     pairs,
@@ -125,13 +125,17 @@ def gradients(
     place = chunk.to(tl.int64) * H + h
     states_ptr += place * WIDTH * WIDE
     dstates_ptr += place * WIDTH * WIDE
+    live, channel = alive[:, None] & (key < K)[None, :], key[None, :]
+    q = load_tile(q_ptr, row, channel, q_token, live)  # now, so that they arrive during the loop
+    k = load_tile(k_ptr, row, channel, k_token, live)
+    a = load_gates(a_ptr, row, channel, a_token, live, C, BLOCK, False)
     dq_far, dk_far = tl.zeros([C, BLOCK], tl.float32), tl.zeros([C, BLOCK], tl.float32)
     meeting = tl.zeros([COLUMNS, BLOCK], tl.float32)
     for v0 in range(0, WIDE, COLUMNS):
         column = v0 + tl.arange(0, COLUMNS)
-        live = alive[:, None] & (column < V)[None, :]
-        v = load_tile(v_ptr, row, column[None, :], v_token, live)
-        do = load_tile(do_ptr, row, column[None, :], do_token, live)
+        is_value = alive[:, None] & (column < V)[None, :]
+        v = load_tile(v_ptr, row, column[None, :], v_token, is_value)
+        do = load_tile(do_ptr, row, column[None, :], do_token, is_value)
         transposed = key[None, :] * WIDE + column[:, None]
         s, ds = tl.load(states_ptr + transposed), tl.load(dstates_ptr + transposed)
         dq_far = tl.dot(do, s, dq_far, input_precision=DOT)
@@ -139,10 +143,7 @@ def gradients(
         meeting += s.to(tl.float32) * ds.to(tl.float32)
     i, j = row[:, None], row[None, :]
     dp_ptr += place * C * C
-    live, channel = alive[:, None] & (key < K)[None, :], key[None, :]
-    q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
-    k = load_tile(k_ptr, row, channel, k_token, live).to(tl.float32)
-    a = load_tile(a_ptr, row, channel, a_token, live) * LOG2E
+    q, k = q.to(tl.float32) * scale, k.to(tl.float32)
     at = (token * H + h) * K + (row[:, None] * (H * K) + channel)
     g = sums(a, masks_ptr, C, REVERSE, KIND)
     end = tl.load(total_ptr + place * WIDTH + key)

@@ -30,6 +30,7 @@ class Tiles:
     backward: Sweep  # dV and the states' gradients
     score_gradients: dict[str, int]
     gradients: dict[str, int]
+    step: dict[str, int]
 
 
 def power_of_two(n: int) -> int:
@@ -45,6 +46,7 @@ def _options(warps: int, stages: int, **more: int) -> dict[str, int]:
 def tiles(keys: int, values: int, dtype: torch.dtype) -> Tiles:
     """The one choice of tiles for a shape and type; nothing is tuned at run time."""
     width, columns = power_of_two(keys), power_of_two(values)
+    step = _options(2, 1, BLOCK=min(columns, 64))
     if dtype == torch.float32:
         plain = Sweep(columns=min(columns, 32), options=_options(4, 1))
         return Tiles(
@@ -56,19 +58,21 @@ def tiles(keys: int, values: int, dtype: torch.dtype) -> Tiles:
             backward=plain,
             score_gradients=_options(4, 1, COLUMNS=min(columns, 32)),
             gradients=_options(4, 1, BLOCK=min(width, 32), COLUMNS=min(columns, 32)),
+            step=step,
         )
     narrow = Sweep(columns=min(columns, 64), options=_options(4, 2 if width > 128 else 3))
-    wide = Sweep(columns=128, options=_options(8, 3))
+    wide = Sweep(columns=128, options=_options(8, 2 if width > 128 else 3))
     half = Sweep(columns=min(columns, 32), options=_options(4, 2))
     return Tiles(
         chunk=64,
         width=width,
-        prepare=_options(4, 1, BLOCK=min(width, 64)),
-        output=wide if columns >= 128 >= width else narrow,
+        prepare=_options(2, 1, BLOCK=min(width, 32)),
+        output=wide if columns >= 128 else narrow,
         states=narrow,
         backward=half if width > 128 else wide if columns >= 128 else narrow,
         score_gradients=_options(4, 3, COLUMNS=min(columns, 64)),
         gradients=_options(4, 3, BLOCK=min(width, 32), COLUMNS=min(columns, 64)),
+        step=step,
     )
 
 

@@ -62,6 +62,63 @@ def _scores(
 
 
 @triton.jit
+def _one_way(
+    p,
+    q_ptr,
+    k_ptr,
+    a_ptr,
+    queries_ptr,
+    keys_ptr,
+    middle_ptr,
+    total_ptr,
+    smooth_ptr,
+    place,
+    length,
+    scale,
+    q_token,
+    k_token,
+    a_token,
+    K,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One direction, block after block of key channels: stores all but P, which it adds to `p`."""
+    row = tl.arange(0, C)
+    all_smooth = length > 0
+    for k0 in tl.range(0, WIDTH, BLOCK, num_stages=2):  # loads the next block ahead
+        channel = k0 + tl.arange(0, BLOCK)[None, :]
+        live = (row < length)[:, None] & (channel < K)
+        part, z, end, smooth = _scores(
+            load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale,
+            load_tile(k_ptr, row, channel, k_token, live).to(tl.float32),
+            load_gates(a_ptr, row, channel, a_token, live, C, BLOCK, SHARED),
+            k_ptr + channel,
+            k_token,
+            a_ptr + channel * (1 - SHARED),
+            a_token,
+            queries_ptr + place * C * WIDTH + (row[:, None] * WIDTH + channel),
+            keys_ptr + place * C * WIDTH + (row[:, None] * WIDTH + channel),
+            length,
+            channel < K,
+            C,
+            KIND,
+            REVERSE,
+            DOT,
+        )
+        p += tl.where(pairs(row[:, None], row[None, :], REVERSE), part, 0.0)
+        tl.store(middle_ptr + place * WIDTH + k0 + tl.arange(0, BLOCK), z)
+        tl.store(total_ptr + place * WIDTH + k0 + tl.arange(0, BLOCK), end)
+        all_smooth = all_smooth & smooth
+    tl.store(smooth_ptr + place, all_smooth.to(tl.int32))
+    return p
+
+
+@triton.jit
 def prepare(
     q_ptr,
     k_ptr,
@@ -104,71 +161,61 @@ def prepare(
     """
     chunk, h = tl.program_id(0), tl.program_id(1)
     first, length = tl.load(chunks_ptr + 2 * chunk), tl.load(chunks_ptr + 2 * chunk + 1)
-    row = tl.arange(0, C)
-    token = first.to(tl.int64)
+    row, token = tl.arange(0, C), first.to(tl.int64)
     q_ptr += token * q_token + h * q_head
     k_ptr += token * k_token + h * k_head
-    forward_ptr += token * f_token + h * f_head
-    reverse_ptr += token * r_token + h * r_head
     here = chunk.to(tl.int64) * H + h
-    there = (chunk.to(tl.int64) + N) * H + h  # the same place of the second direction
     p = tl.zeros([C, C], tl.float32)
-    forward_smooth, reverse_smooth = length > 0, length > 0
-    for k0 in tl.static_range(0, WIDTH, BLOCK):
-        channel = k0 + tl.arange(0, BLOCK)[None, :]
-        live = (row < length)[:, None] & (channel < K)
-        q = load_tile(q_ptr, row, channel, q_token, live).to(tl.float32) * scale
-        k = load_tile(k_ptr, row, channel, k_token, live).to(tl.float32)
-        inside = row[:, None] * WIDTH + channel
-        if FORWARD:
-            a = load_gates(forward_ptr, row, channel, f_token, live, C, BLOCK, FORWARD_SHARED)
-            part, z, end, smooth = _scores(
-                q,
-                k,
-                a,
-                k_ptr + channel,
-                k_token,
-                forward_ptr + channel * (1 - FORWARD_SHARED),
-                f_token,
-                queries_ptr + here * C * WIDTH + inside,
-                keys_ptr + here * C * WIDTH + inside,
-                length,
-                channel < K,
-                C,
-                KIND,
-                False,
-                DOT,
-            )
-            p += tl.where(pairs(row[:, None], row[None, :], False), part, 0.0)
-            tl.store(middle_ptr + here * WIDTH + k0 + tl.arange(0, BLOCK), z)
-            tl.store(total_ptr + here * WIDTH + k0 + tl.arange(0, BLOCK), end)
-            forward_smooth = forward_smooth & smooth
-        if REVERSE:
-            place = there if FORWARD else here
-            a = load_gates(reverse_ptr, row, channel, r_token, live, C, BLOCK, REVERSE_SHARED)
-            part, z, end, smooth = _scores(
-                q,
-                k,
-                a,
-                k_ptr + channel,
-                k_token,
-                reverse_ptr + channel * (1 - REVERSE_SHARED),
-                r_token,
-                queries_ptr + place * C * WIDTH + inside,
-                keys_ptr + place * C * WIDTH + inside,
-                length,
-                channel < K,
-                C,
-                KIND,
-                True,
-                DOT,
-            )
-            p += tl.where(pairs(row[:, None], row[None, :], True), part, 0.0)
-            tl.store(middle_ptr + place * WIDTH + k0 + tl.arange(0, BLOCK), z)
-            tl.store(total_ptr + place * WIDTH + k0 + tl.arange(0, BLOCK), end)
-            reverse_smooth = reverse_smooth & smooth
-    tl.store(p_ptr + here * C * C + (row[:, None] * C + row[None, :]), p.to(KIND))
     if FORWARD:
-        tl.store(smooth_ptr + here, forward_smooth.to(tl.int32))
+        p = _one_way(
+            p,
+            q_ptr,
+            k_ptr,
+            forward_ptr + token * f_token + h * f_head,
+            queries_ptr,
+            keys_ptr,
+            middle_ptr,
+            total_ptr,
+            smooth_ptr,
+            here,
+            length,
+            scale,
+            q_token,
+            k_token,
+            f_token,
+            K,
+            C,
+            WIDTH,
+            BLOCK,
+            FORWARD_SHARED,
+            False,
+            KIND,
+            DOT,
+        )
     if REVERSE:
-        tl.store(smooth_ptr + (there if FORWARD else here), reverse_smooth.to(tl.int32))
+        p = _one_way(
+            p,
+            q_ptr,
+            k_ptr,
+            reverse_ptr + token * r_token + h * r_head,
+            queries_ptr,
+            keys_ptr,
+            middle_ptr,
+            total_ptr,
+            smooth_ptr,
+            here + (N * H if FORWARD else 0),  # the second direction lies behind the first
+            length,
+            scale,
+            q_token,
+            k_token,
+            r_token,
+            K,
+            C,
+            WIDTH,
+            BLOCK,
+            REVERSE_SHARED,
+            True,
+            KIND,
+            DOT,
+        )
+    tl.store(p_ptr + here * C * C + (row[:, None] * C + row[None, :]), p.to(KIND))
