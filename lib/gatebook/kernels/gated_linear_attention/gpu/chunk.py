@@ -54,6 +54,19 @@ def load_gates(
 
 
 @triton.jit
+def decay_to_end(a_row, a_token, length, live, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Log gates between each token and the end of its chunk.
+
+    Summed over the tokens after it: taken out of a sum again, a closed gate leaves its rounding.
+    """
+    row = tl.arange(0, C)[:, None]
+    i = row - 1 if REVERSE else row + 1
+    inside = live & (i >= 0) & (i < length)
+    a = log2_gates(tl.load(a_row + i * a_token, mask=inside, other=0.0))
+    return tl.cumsum(a, 0, reverse=not REVERSE)
+
+
+@triton.jit
 def next_decay(decay, a_row, a_token, j, length, live, C: tl.constexpr, REVERSE: tl.constexpr):
     """Log gates between token j and every later token, from those of the token after j.
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
+    decay_to_end,
     load_gates,
     load_tile,
     next_decay,
@@ -174,7 +175,8 @@ def gradients(
             dq += column * k_n
             dk = tl.where(i == n, tl.sum(column * q, 0)[None, :], dk)
         dq += dq_far
-        dk_far *= tl.exp2(tl.cumsum(a, 0, reverse=not REVERSE) - a)
+        to_end = decay_to_end(a_ptr + channel, a_token, length, channel < K, C, REVERSE)
+        dk_far *= tl.exp2(to_end)
         _put(dq_ptr + at, dq * scale, live, ADD, KIND)
         _put(dk_ptr + at, dk + dk_far, live, ADD, KIND)
         near = q * dq - k * dk

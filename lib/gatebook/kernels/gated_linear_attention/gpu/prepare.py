@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gatebook.kernels.gated_linear_attention.gpu.chunk import (
     LIMIT,
+    decay_to_end,
     load_gates,
     load_tile,
     next_decay,
@@ -49,7 +50,8 @@ def _scores(
         rows, cols = (queries * tl.exp2(-z)).to(KIND), (keys * tl.exp2(z - end)).to(KIND)
         p = tl.dot(rows, tl.trans(cols), input_precision=DOT)
     else:
-        tl.store(keys_at, (k * tl.exp2(tl.cumsum(a, 0, reverse=not REVERSE) - a)).to(KIND))
+        to_end = decay_to_end(a_row, a_token, length, live, C, REVERSE)
+        tl.store(keys_at, (k * tl.exp2(to_end)).to(KIND))
         p = tl.zeros([C, C], tl.float32)
         decay = tl.zeros_like(q)
         for step in range(C):
