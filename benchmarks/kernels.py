@@ -36,6 +36,7 @@ import argparse
 import importlib.metadata
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ RESULTS = HERE.parent / "results"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHORT = (64, 128, 256, 512)
 CPU_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-SECONDS = {"cpu": 1.0, "cuda": 0.05}  # for each number; slow calls are timed three times at least
+SECONDS = {"cpu": 1.0, "cuda": 0.2}  # for each number; slow calls are timed three times at least
 LONGEST_NAIVE = 2048  # on the CPU: the recurrence is slow
 LONGEST_EXACT = 1024  # up to here the float64 reference is the recurrence, then the chunked form
 TARGET = 20  # times faster than the recurrence on the CPU, forward and backward, T = 2048
@@ -78,6 +79,7 @@ BASELINES = (
 )
 METRICS = ("fwd", "fwdbwd", "fwd_wall", "fwdbwd_wall", "fwd_graph", "memory", "first_call", "error")
 CALLS_IN_GRAPH = 16
+BUSY = 2  # ms for which a GPU is kept busy while the host launches what is timed
 HEAD_WIDTH = 64  # of the softmax attention that ours is compared with
 
 
@@ -343,24 +345,35 @@ class Session:
 
 
 def milliseconds(call: Callable[[], object], options: argparse.Namespace) -> float:
-    """Median time of a call: Triton's `do_bench` on a GPU, at least three calls on a CPU.
+    """Median time of a call, at least three calls on a CPU; on a GPU of its work there alone.
 
-    On a GPU the least of three medians: while the host is slow, the GPU waits for it.
+    A buffer larger than any cache is cleared before each call, so often that the GPU is still busy
+    with it when the host has launched the call: `fwd_wall` is what includes launching.
     """
     call()
-    seconds, device = options.seconds, options.device
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
+    seconds = options.seconds
+    start = time.perf_counter()
+    call()
+    if options.device == "cpu":
         seconds = max(seconds, 3 * (time.perf_counter() - start))
-        return measure.latency(call, device=device, min_seconds=seconds)
-    return min(measure.latency(call, device=device, min_seconds=seconds) for _ in range(3))
+        return measure.latency(call, device="cpu", min_seconds=seconds)
+    calls = max(5, round(seconds / (1e-3 * BUSY + time.perf_counter() - start)))
+    buffer = torch.empty(2**28, dtype=torch.int8, device=options.device)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin, end in marks:
+        for _ in range(10 * BUSY):  # 0.1 ms each
+            buffer.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in marks)
 
 
 def wall_milliseconds(call: Callable[[], object], device: str) -> float:
     """Time of a call when calls follow one another, launches included; the median of five rounds.
 
-    `do_bench` clears a cache before each call, which hides the time that launching takes.
+    Unlike in `milliseconds`, the GPU waits for the host where launching takes longer.
     """
     rounds, calls = [], 50 if device == "cuda" else 1
     for _ in range(6):
@@ -657,7 +670,7 @@ def parser() -> argparse.ArgumentParser:
     add("--fla-lengths", type=_numbers, default=(), help="lengths at which fla is measured")
     add("--first-call", type=_names, default=("ours",), help="methods of first_call: ours,fla")
     add("--tokens", type=int, default=32768, help="tokens a call (default 32768)")
-    add("--seconds", type=float, help="time for each number (default: 0.05 on a GPU, 1 on a CPU)")
+    add("--seconds", type=float, help="time for each number (default: 0.2 on a GPU, 1 on a CPU)")
     add("--device", choices=("cuda", "cpu"), help="default: what the suite is for")
     add("--backend", default="", help="of ours; default: triton on a GPU, auto on a CPU")
     add("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's own choice")
