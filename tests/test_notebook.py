@@ -16,6 +16,9 @@ DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "max_steps": 0,
     "data_dir": "",
+    "gpus": 1,
+    "strategy": "ddp",
+    "confirm": False,
     "record": False,
 }
 

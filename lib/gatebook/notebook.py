@@ -26,9 +26,13 @@ PARAMETERS: dict[str, type] = {
     "device": str,
     "max_steps": int,
     "data_dir": str,
+    "gpus": int,
+    "strategy": str,
+    "confirm": bool,
     "record": bool,
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
+CONFIRM_FROM = 10.0  # GPU-hours from which on a full run has to be confirmed
 
 
 class Run:
@@ -40,6 +44,8 @@ class Run:
         self.seed: int = parameters["seed"]
         self.max_steps: int = parameters["max_steps"]
         self.data_dir: str = parameters["data_dir"]
+        self.gpus: int = parameters["gpus"]
+        self.strategy: str = parameters["strategy"]
         self.record: bool = parameters["record"]
         self.plan = chapter.scales[self.scale]
         self.settings = types.SimpleNamespace(**self.plan.settings)
@@ -52,17 +58,61 @@ class Run:
         """`planned`, or the parameter `max_steps` when that is set and smaller."""
         return min(planned, self.max_steps) if self.max_steps else planned
 
-    def progress(self, items: Iterable[Any], what: str = "") -> Iterator[Any]:
+    def progress(self, items: Iterable[Any], what: str | Callable[[], str] = "") -> Iterator[Any]:
         """Iterate with a progress bar that disappears when it is done.
 
         In a notebook the bar is one display that is rewritten; elsewhere it is tqdm's on stderr.
+
+        Args:
+            items: What to iterate over.
+            what: Words beside the bar, or a function that gives them anew at each item.
         """
         if not _in_notebook():
             from tqdm import tqdm
 
-            yield from tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
+            bar = tqdm(items, leave=False, disable=not sys.stderr.isatty())
+            yield from _described(bar, what)
             return
         yield from _notebook_bar(items, what)
+
+    def train(self, arm: str, seed: int, **settings: Any) -> tuple[Any, Any]:
+        """Train one arm as a job of its own, on `gpus` processes; it can be stopped and resumed.
+
+        Checkpoints, log and weights go to `runs/SLUG/SCALE/ARM-SEED`, as with `gatebook train`.
+
+        Args:
+            arm: a key of the scale's arms.
+            seed: training seed.
+            settings: instead of the scale's own.
+
+        Returns:
+            The trained model on the run's device, and its `History`.
+
+        Raises:
+            ValueError: this chapter has no such job at this scale.
+        """
+        from gatebook import models
+        from gatebook.training import launch
+
+        job = self.job(arm, seed, **settings)
+        found = launch.launch(job, gpus=self.gpus, progress=self.progress)
+        return models.load(job.path(self.root) / "weights").to(self.device), found
+
+    def job(self, arm: str, seed: int = 0, **settings: Any) -> Any:
+        """The training run of one arm, as `gatebook.training.jobs` knows it."""
+        from gatebook.training.jobs import Job
+
+        return Job(
+            chapter=self.chapter.slug,
+            arm=arm,
+            scale=self.scale,
+            seed=seed,
+            max_steps=self.max_steps,
+            data_dir=self.data_dir,
+            device=self.device,
+            strategy=self.strategy,
+            settings=settings,
+        )
 
     def observe(self, metric: str, arm: str, value: float, seed: int | str | None = None) -> None:
         """Record a number for the tests of this chapter.
@@ -147,6 +197,7 @@ class Run:
     def _command(self) -> str:
         """The command that repeats this run."""
         defaults = {"scale": "small", "seed": 0, "device": "auto", "max_steps": 0}
+        defaults |= {"gpus": 1, "strategy": "ddp", "confirm": False}
         words = [f"papermill chapters/{self.chapter.slug}.ipynb out.ipynb"]
         for name, value in self.parameters.items():
             if name == "data_dir" and value:
@@ -185,9 +236,28 @@ def start(slug: str, variables: dict[str, Any], extra: dict[str, type] | None = 
     run = Run(root, ledger.load_chapter(root, slug), given)
     print(_banner(run))
     if run.scale == "full":
-        print(price_tag(run.chapter))
+        _price(run, given["confirm"])
+    elif run.gpus > 1:
+        raise ValueError(f"gpus={run.gpus} is for scale='full'; {run.scale} runs on one device")
     _check_data(run.plan.dataset, given["data_dir"])
     return run
+
+
+def _price(run: Run, confirm: bool) -> None:
+    """Print the price tag; refuse a long run that was not confirmed."""
+    from gatebook.training import estimate
+
+    print(price_tag(run.chapter))
+    hours = 0.0
+    for price in estimate.of_chapter(run.chapter, job=run.job, gpus=run.gpus):
+        print("\n".join(price.lines()), flush=True)
+        hours += price.gpu_hours
+    hours = hours or run.plan.gpu_hours or 0.0
+    if hours >= CONFIRM_FROM and not (confirm or run.max_steps):
+        raise ValueError(
+            f"this run takes about {hours:,.0f} GPU-hours. To start it, set confirm = True "
+            "(-p confirm True); to try it, set max_steps"
+        )
 
 
 def _check_data(name: str, data_dir: str) -> None:
@@ -254,12 +324,13 @@ def _checked(name: str, kind: type, variables: dict[str, Any]) -> Any:
 def _check_values(given: dict[str, Any]) -> None:
     from gatebook.evidence.schema import SCALES
 
-    for name, allowed in (("scale", SCALES), ("device", DEVICES)):
+    allowed_values = (("scale", SCALES), ("device", DEVICES), ("strategy", ("ddp", "fsdp")))
+    for name, allowed in allowed_values:
         if given[name] not in allowed:
             raise ValueError(unknown(name, given[name], allowed))
-    for name in ("seed", "max_steps"):
-        if given[name] < 0:
-            raise ValueError(f"parameter {name!r} must be 0 or more, got {given[name]}")
+    for name, least in (("seed", 0), ("max_steps", 0), ("gpus", 1)):
+        if given[name] < least:
+            raise ValueError(f"parameter {name!r} must be {least} or more, got {given[name]}")
     if given["record"] and given["max_steps"]:
         raise ValueError("record=True needs max_steps=0: a shortened run is not evidence")
     if given["data_dir"] and not Path(given["data_dir"]).expanduser().is_dir():
@@ -326,17 +397,24 @@ def _in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
 
 
-def _notebook_bar(items: Iterable[Any], what: str) -> Iterator[Any]:
+def _described(bar: Any, what: str | Callable[[], str]) -> Iterator[Any]:
+    """The items of a bar, whose words are brought up to date before each."""
+    for item in bar:
+        bar.set_description(what() if callable(what) else what, refresh=False)
+        yield item
+
+
+def _notebook_bar(items: Iterable[Any], what: str | Callable[[], str]) -> Iterator[Any]:
     """One HTML display that is rewritten at most five times a second and emptied at the end."""
     from IPython.display import HTML, display
     from tqdm import tqdm
 
     handle = display(HTML(""), display_id=True)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        bar = tqdm(items, desc=what, file=nowhere, ascii=False, ncols=80)
+        bar = tqdm(items, file=nowhere, ascii=False, ncols=100)
         shown = 0.0
         try:
-            for item in bar:
+            for item in _described(bar, what):
                 yield item
                 if time.monotonic() - shown > 0.2:
                     shown = time.monotonic()

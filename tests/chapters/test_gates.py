@@ -50,6 +50,9 @@ def test_parameters_cells_agree(slug: str) -> None:
         "device": "auto",
         "max_steps": 0,
         "data_dir": "",
+        "gpus": 1,
+        "strategy": "ddp",
+        "confirm": False,
         "record": False,
     }
 

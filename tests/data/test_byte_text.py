@@ -1,13 +1,10 @@
-"""Byte-level text: the embedded manual, random windows, and the resumable stream."""
-
-import itertools
+"""Byte-level text: the embedded manual, random windows, and the tokeniser of a mirror."""
 
 import pytest
 import torch
 
 from gatebook.data import sources
 from gatebook.data.text import (
-    TokenStream,
     Windows,
     byte_text,
     load_tokenizer,
@@ -30,19 +27,6 @@ def mirror(tmp_path):
     tokenizer.add_special_tokens([AddedToken("</s>")])
     tokenizer.save(str(folder / "tokenizer.json"))
     return tmp_path
-
-
-def stream(mirror):
-    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
-    return TokenStream(
-        "slimpajama",
-        "train",
-        tokenizer,
-        end_of_text="</s>",
-        length=7,
-        batch_size=3,
-        data_dir=mirror,
-    )
 
 
 def test_manual_is_english_prose_and_splits_without_overlap():
@@ -90,45 +74,6 @@ def test_windows_depend_on_the_seed_alone():
 def test_too_short_a_text_raises():
     with pytest.raises(ValueError, match="8 tokens hold no window of 8"):
         Windows(torch.zeros(8, dtype=torch.uint8), 8, 1, 1, 0)
-
-
-def test_stream_is_the_rows_joined_by_the_end_token(mirror):
-    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
-    end = tokenizer.token_to_id("</s>")
-    rows = sources.load("slimpajama", "train", mirror)["text"]
-    expected = [i for row in rows for i in [*tokenizer.encode(row).ids, end]]
-    batches = list(stream(mirror))
-    inputs = torch.cat([x.flatten() for x, _ in batches])
-    targets = torch.cat([y.flatten() for _, y in batches])
-    assert inputs.tolist() == expected[: len(inputs)]
-    assert targets.tolist() == expected[1 : len(inputs) + 1]
-    assert len(expected) - len(inputs) <= 3 * 7
-
-
-def test_stream_resumes_exactly(mirror):
-    whole = [x for x, _ in stream(mirror)]
-    first = stream(mirror)
-    for _ in itertools.islice(first, 5):
-        state = first.state_dict()
-    second = stream(mirror)
-    second.load_state_dict(state)
-    rest = [x for x, _ in second]
-    assert len(rest) == len(whole) - 5
-    assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
-
-
-def test_unknown_end_token_raises(mirror):
-    tokenizer = load_tokenizer("slimpajama", "nowhere/at-all", mirror)
-    with pytest.raises(ValueError, match="no token '<eot>'"):
-        TokenStream(
-            "slimpajama",
-            "train",
-            tokenizer,
-            end_of_text="<eot>",
-            length=7,
-            batch_size=3,
-            data_dir=mirror,
-        )
 
 
 def test_missing_tokeniser_names_the_two_ways(tmp_path, monkeypatch):

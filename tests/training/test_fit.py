@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatebook.training import History, Recipe, fit
-from gatebook.training.fit import make_optimizer
+from gatebook.training import History, Recipe, fit, make_optimizer
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCHES = [torch.randn(16, 8, generator=GENERATOR) for _ in range(7)]

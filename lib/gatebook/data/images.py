@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gatebook.data import augment, sources
+from gatebook.data.sharded import Deal, ShardedBatches
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -149,10 +150,13 @@ class CifarBatches:
 
 
 class _Decoded(Dataset):
-    """Rows `image`, `label` as uint8 tensors `[3, S, S]`; decoding happens in the worker."""
+    """ImageNet-1K as uint8 tensors `[3, S, S]` and class numbers; the worker decodes."""
 
-    def __init__(self, rows: Any, transform: Any):
-        self.rows, self.transform = rows, transform
+    def __init__(self, split: str, transform: Any, data_dir: str | Path):
+        import datasets
+
+        rows = sources.load("imagenet-1k", split, data_dir)
+        self.rows, self.transform = rows.cast_column("image", datasets.Image()), transform
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -163,21 +167,22 @@ class _Decoded(Dataset):
 
 
 class ImageNetBatches:
-    """ImageNet-1K as the Swin recipe feeds it: decode, augment, normalise, mix.
+    """ImageNet-1K as the Swin recipe trains on it: decode, augment, normalise, mix.
 
-    Training images: random resized crop, flip and RandAugment in the workers; normalisation,
-    random erasing, mixup or cutmix and label smoothing on the device. Validation images: the
-    shorter side to S * 256 / 224, centre crop of S.
+    Random resized crop, flip and RandAugment in the workers; normalisation, random erasing, mixup
+    or cutmix and label smoothing on the device. Endless; every epoch shows each image once.
 
     Args:
-        split: `train` or `validation`.
-        batch_size: Images in a batch, B.
+        batch_size: Images in a batch of this process, B.
         image_size: Side S of the network's input, pixels.
         seed: Of the order and the augmentation.
         device: Where a batch goes.
         workers: Processes that decode.
         data_dir: Local mirror with the columns `image` and `label`.
         n_classes: Length of the mixed targets.
+        parts: Batches for each optimiser step on this process.
+        rank: Of this process.
+        processes: How many share a step's images.
 
     Raises:
         DataUnavailableError: Neither the mirror nor the hub has it.
@@ -185,7 +190,6 @@ class ImageNetBatches:
 
     def __init__(
         self,
-        split: str,
         batch_size: int,
         image_size: int,
         seed: int,
@@ -194,42 +198,62 @@ class ImageNetBatches:
         workers: int = 8,
         data_dir: str | Path = "",
         n_classes: int = 1000,
+        parts: int = 1,
+        rank: int = 0,
+        processes: int = 1,
     ):
-        import datasets
-
-        rows = sources.load("imagenet-1k", split, data_dir).cast_column("image", datasets.Image())
-        self.train, self.device, self.n_classes = split == "train", device, n_classes
-        transform = augment.TrainTransform if self.train else augment.TestTransform
-        self.seed, self.epoch, self.generator = seed, 0, torch.Generator()
-        self.loader = DataLoader(
-            _Decoded(rows, transform(image_size)),
-            batch_size,
-            shuffle=self.train,
-            drop_last=self.train,
-            num_workers=workers,
-            pin_memory=device.startswith("cuda"),
-            persistent_workers=workers > 0,
-            generator=self.generator,
-        )
-
-    def __len__(self) -> int:
-        return len(self.loader)
+        rows = _Decoded("train", augment.TrainTransform(image_size), data_dir)
+        step = batch_size * parts * processes
+        deal = Deal(len(rows), step, seed, rank=rank, processes=processes)
+        self.batches = ShardedBatches(rows, deal, parts=parts, workers=workers)
+        self.seed, self.device, self.n_classes = seed, device, n_classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
-        self.epoch += 1
-        for pixels, labels in self.loader:
+        """Yields images `[B, 3, S, S]` and probabilities `[B, n_classes]`."""
+        deal = self.batches.deal
+        for pixels, labels in self.batches:
+            number = self.batches.position * deal.processes + deal.rank
+            generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
             pixels, labels = (t.to(self.device, non_blocking=True) for t in (pixels, labels))
             images = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD)
-            if self.train:
-                images = augment.random_erase(images, self.generator)
-                images, labels = augment.mix(images, labels, self.n_classes, self.generator)
-            yield images, labels
+            images = augment.random_erase(images, generator)
+            yield augment.mix(images, labels, self.n_classes, generator)
 
     def state_dict(self) -> dict[str, int]:
-        """Epochs begun. A resumed run starts the next: take checkpoints at the end of an epoch."""
-        return {"epoch": self.epoch}
+        """The place in the data."""
+        return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with the epoch after those begun."""
-        self.epoch = state["epoch"]
+        """Continue where `state_dict` was taken."""
+        self.batches.load_state_dict(state)
+
+    merge_states = staticmethod(ShardedBatches.merge_states)
+
+
+def imagenet_validation(
+    batch_size: int,
+    image_size: int,
+    *,
+    device: str = "cpu",
+    workers: int = 8,
+    data_dir: str | Path = "",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The validation images in order: shorter side to S * 256 / 224, centre crop of S.
+
+    Args:
+        batch_size: Images in a batch, B; the last one may hold fewer.
+        image_size: Side S of the network's input, pixels.
+        device: Where a batch goes.
+        workers: Processes that decode.
+        data_dir: Local mirror with the columns `image` and `label`.
+
+    Yields:
+        Images `[B, 3, S, S]` and class numbers `[B]`.
+
+    Raises:
+        DataUnavailableError: Neither the mirror nor the hub has it.
+    """
+    rows = _Decoded("validation", augment.TestTransform(image_size), data_dir)
+    for pixels, labels in DataLoader(rows, batch_size, num_workers=workers):
+        pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
+        yield normalise(pixels, IMAGENET_MEAN, IMAGENET_STD), labels

@@ -51,6 +51,8 @@ def training_batches(
     samples: int,
     data_dir: str | Path = "",
     device: str = "cpu",
+    rank: int = 0,
+    processes: int = 1,
 ) -> Iterable[Tensor]:
     """Batches of sources (B, 2, L) to train on.
 
@@ -63,6 +65,8 @@ def training_batches(
         samples: L.
         data_dir: folder with `free_spoken_digit/`, `libri2mix/` or `wsj0-2mix/`.
         device: where digits are cut.
+        rank: of this process; folders only.
+        processes: how many train together; folders only.
 
     Raises:
         ValueError: unknown corpus.
@@ -76,7 +80,8 @@ def training_batches(
         return (stream_mixtures(streams, batch_size, samples, generator) for _ in range(count))
     if corpus in SPLITS:
         pairs = mixture_files(corpus, SPLITS[corpus][0], data_dir)
-        return FolderMixtures(pairs, samples=samples, batch_size=batch_size, seed=seed)
+        own = {"rank": rank, "processes": processes}
+        return FolderMixtures(pairs, samples=samples, batch_size=batch_size, seed=seed, **own)
     raise ValueError(unknown("corpus", corpus, CORPORA))
 
 
@@ -293,8 +298,8 @@ class FolderMixtures:
     """Endless batches of sources (B, 2, L) from pairs of wave files.
 
     With dynamic mixing the two sources come from different mixtures and different speakers, at
-    fresh levels and speeds; file names tell the speakers. Batch n depends on (seed, n) alone, so
-    that a resumed run continues exactly.
+    fresh levels and speeds; file names tell the speakers. Sample n of all processes depends on
+    (seed, n) alone, so that a resumed run continues exactly.
 
     Args:
         pairs: from `mixture_files`.
@@ -302,6 +307,8 @@ class FolderMixtures:
         batch_size: B.
         seed: draws files, positions, levels and speeds.
         dynamic: mix anew; False keeps the pairs of the data set.
+        rank: of this process.
+        processes: how many draw samples together.
     """
 
     def __init__(
@@ -312,23 +319,34 @@ class FolderMixtures:
         batch_size: int,
         seed: int,
         dynamic: bool = True,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.pairs, self.samples, self.batch_size = pairs, samples, batch_size
-        self.seed, self.dynamic, self.position = seed, dynamic, 0
+        self.seed, self.dynamic, self.rank, self.processes = seed, dynamic, rank, processes
+        self.drawn = 0  # samples of all processes so far
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
-            generator = torch.Generator().manual_seed(self.seed * 2**32 + self.position)
-            self.position += 1
-            yield torch.stack([self._draw(generator) for _ in range(self.batch_size)])
+            first = self.drawn + self.rank * self.batch_size
+            self.drawn += self.batch_size * self.processes
+            yield torch.stack([self._sample(first + i) for i in range(self.batch_size)])
 
     def state_dict(self) -> dict[str, int]:
-        """The position of the next batch."""
-        return {"position": self.position}
+        """The samples that all processes drew."""
+        return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues at a saved position."""
-        self.position = state["position"]
+        """Continues at a saved place, on any number of processes."""
+        self.drawn = state["drawn"]
+
+    @staticmethod
+    def merge_states(states: list[dict[str, int]]) -> dict[str, int]:
+        """One state from those of all processes, which are alike."""
+        return states[0]
+
+    def _sample(self, n: int) -> Tensor:
+        return self._draw(torch.Generator().manual_seed(self.seed * 2**32 + n))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         first, second = self._pick(generator), self._pick(generator)

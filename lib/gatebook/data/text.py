@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -231,66 +231,6 @@ class Windows:
             start = torch.randint(places, (self.batch_size, 1), generator=generator)
             window = self.tokens[start.to(offsets.device) + offsets].long()  # (B, T + 1)
             yield window[:, :-1], window[:, 1:]
-
-
-class TokenStream:
-    """Batches from a data set that is too large to download first; it can be resumed.
-
-    Rows are tokenised as they arrive, joined with an end-of-text token between them, and cut into
-    sequences without regard to the rows' ends.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        tokenizer: "Tokenizer",
-        *,
-        end_of_text: str,
-        length: int,
-        batch_size: int,
-        data_dir: str | Path = "",
-    ) -> None:
-        """Opens the stream.
-
-        Args:
-            name: Key of `sources.DATASETS` with a column `text`.
-            split: Split of that data set.
-            tokenizer: A `tokenizers.Tokenizer`.
-            end_of_text: The token put after each row, such as "</s>".
-            length: Tokens in a sequence, T.
-            batch_size: Sequences in a batch, B.
-            data_dir: Folder with a local copy, or empty for the hub.
-
-        Raises:
-            ValueError: The tokeniser has no such end-of-text token.
-        """
-        self.rows = sources.load(name, split, data_dir, streaming=True)
-        self.tokenizer, self.length, self.batch_size = tokenizer, length, batch_size
-        self.end = tokenizer.token_to_id(end_of_text)
-        if self.end is None:
-            raise ValueError(f"the tokeniser has no token {end_of_text!r}")
-        self.left: list[int] = []
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields inputs and targets, both `[B, T]`, int64."""
-        need = self.batch_size * self.length + 1
-        for row in self.rows:
-            self.left += [*self.tokenizer.encode(row["text"], add_special_tokens=False).ids]
-            self.left.append(self.end)
-            while len(self.left) >= need:
-                block, self.left = torch.tensor(self.left[:need]), self.left[need - 1 :]
-                shape = (self.batch_size, self.length)
-                yield block[:-1].view(shape), block[1:].view(shape)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, and the tokens read but not yet used."""
-        return {"rows": self.rows.state_dict(), "left": self.left}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.rows.load_state_dict(state["rows"])
-        self.left = list(state["left"])
 
 
 def load_tokenizer(name: str, hub_id: str, data_dir: str | Path = "") -> "Tokenizer":

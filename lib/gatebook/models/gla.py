@@ -73,9 +73,9 @@ class LogGate(nn.Module):
         elif self.kind == "scalar":
             self.up = nn.Linear(config.d_model, config.n_heads)
         elif self.kind == "fixed":
-            self.register_buffer("log_gamma", torch.log1p(-(2.0 ** (-5 - heads))))
+            self.register_buffer("log_gamma", torch.log1p(-(2.0 ** (-5 - heads))), persistent=False)
         elif self.kind == "none":
-            self.register_buffer("log_gamma", 0 * heads)
+            self.register_buffer("log_gamma", 0 * heads, persistent=False)
         else:
             raise ValueError(f"gate must be none, fixed, scalar or vector; got {self.kind!r}")
 

@@ -1,5 +1,8 @@
 """One training loop for every model and scale."""
 
-from gatebook.training.fit import History, Recipe, fit
+from gatebook.training.checkpoint import CheckpointError
+from gatebook.training.fit import History, fit
+from gatebook.training.metrics import Work
+from gatebook.training.recipe import Recipe, make_optimizer
 
-__all__ = ["History", "Recipe", "fit"]
+__all__ = ["CheckpointError", "History", "Recipe", "Work", "fit", "make_optimizer"]

@@ -1,0 +1,161 @@
+"""Kills training runs, damages their checkpoints, fills the disk, and looks at what is left.
+
+    python survival.py kill TRIALS | damage TRIALS
+
+Prints one JSON line a trial. A trial is a forked process, so that torch is imported once; nothing
+is computed in this one before, because torch's threads do not survive a fork.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate  # noqa: F401  (before forking)
+import torch
+import torch.distributed.checkpoint
+import worker
+
+from gatebook.training import checkpoint
+
+STEPS, EVERY = 80, 5
+
+
+def forked(work: Callable[[], object], out: Path, killed_after: float = 0.0) -> int:
+    """Run `work` in a process of its own, its result as JSON in `out`; perhaps kill it.
+
+    Returns:
+        The exit status, or minus the signal.
+    """
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        status = 1
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                result = work()
+            said = [str(w.message) for w in heard if "checkpoint" in str(w.message)]
+            out.write_text(json.dumps({"result": result, "said": said}))
+            status = 0
+        except BaseException as error:
+            out.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        finally:
+            os._exit(status)
+    if killed_after:
+        time.sleep(killed_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if not path.suffix)
+
+
+def kill(trials: int, at: Path, whole: list[float], seconds: float) -> None:
+    """SIGKILL at a random moment, resume, compare with the run that was left alone."""
+    for trial in range(trials):
+        folder, out = at / f"kill-{trial}", at / "out.json"
+        wait = random.Random(trial).uniform(0.2, 0.75) * seconds
+        status = forked(lambda f=folder: worker.train(f, STEPS, checkpoint_every=EVERY), out, wait)
+        left = steps_in(folder)
+        first = left[-1] if left else 0
+        last = min(STEPS, first + 20)
+        forked(lambda f=folder, n=last: worker.train(f, n, resume=True), out)
+        losses = json.loads(out.read_text()).get("result")
+        print(
+            json.dumps(
+                {
+                    "killed": status == -signal.SIGKILL,
+                    "resumed_from": first,
+                    "steps": last - first,
+                    "bit_equal": losses == whole[first:last],
+                }
+            ),
+            flush=True,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    with path.open("r+b") as file:
+        file.truncate(rng.randrange(path.stat().st_size))
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def full_disk(limit: int) -> None:
+    """From here on no file may grow beyond `limit` bytes, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def damage(trials: int, at: Path, whole: list[float]) -> None:
+    """The newest checkpoint truncated or with a wrong bit, or a disk that fills while it is
+    written; in turn."""
+    made = at / "made"
+    forked(lambda: worker.train(made, 20, checkpoint_every=10), at / "out.json")
+    for trial in range(trials):
+        rng, folder, out = random.Random(trial), at / f"damage-{trial}", at / "out.json"
+        kind = ("truncated", "flipped", "full")[trial % 3]
+        shutil.copytree(made, folder)
+        if kind == "full":  # resumes from step 20, cannot write step 30
+            size = max(p.stat().st_size for p in (folder / "step-00000020").iterdir())
+            limit = rng.randrange(1, size)
+
+            def work(folder: Path = folder, limit: int = limit) -> list[float]:
+                full_disk(limit)
+                return worker.train(folder, 35, resume=True, checkpoint_every=10)
+
+            first, last, older = 20, 35, [10, 20]
+        else:
+            files = sorted((folder / "step-00000020").iterdir())
+            (truncate if kind == "truncated" else flip)(rng.choice(files), rng)
+
+            def work(folder: Path = folder) -> list[float]:
+                return worker.train(folder, 30, resume=True)
+
+            first, last, older = 10, 30, [10, 20]
+        forked(work, out)
+        found = json.loads(out.read_text())
+        print(
+            json.dumps(
+                {
+                    "kind": kind,
+                    "error": found.get("error"),
+                    "bit_equal": found.get("result") == whole[first:last],
+                    "said": found.get("said"),
+                    "older_kept": steps_in(folder) == older,
+                    "older_whole": checkpoint.damage(folder / "step-00000010") is None,
+                    "partial_left": bool(list(folder.glob("*.partial"))),
+                }
+            ),
+            flush=True,
+        )
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        at, out = Path(name), Path(name) / "out.json"
+        forked(lambda: worker.train(at / "warm", 2), out)
+        start = time.perf_counter()
+        forked(lambda: worker.train(at / "whole", STEPS, checkpoint_every=EVERY), out)
+        seconds = time.perf_counter() - start
+        whole = json.loads(out.read_text())["result"]
+        if sys.argv[1] == "kill":
+            kill(int(sys.argv[2]), at, whole, seconds)
+        else:
+            damage(int(sys.argv[2]), at, whole)
