@@ -42,6 +42,9 @@ def test_help_names_every_command_and_shows_where_to_start() -> None:
         (("run", "gla", "--scale", "medium", "--update"), "--update is for --scale small"),
         (("verify", "gal"), "unknown chapter 'gal'"),
         (("estimate", "gal"), "unknown chapter 'gal'"),
+        (("estimate", "swin", "--gpus", "7"), "do not share a global batch of 1024 evenly"),
+        (("estimate", "swin", "--gpu", "Potato"), "'Potato' is not known"),
+        (("estimate", "gla", "--arm", "vectr"), "'vectr'. Did you mean 'vector'?"),
         (("data", "cifar"), "unknown data set 'cifar'. Did you mean 'cifar10'?"),
     ],
 )
@@ -71,9 +74,12 @@ def test_list_names_every_chapter(root: Path) -> None:
 
 
 def test_estimate_says_steps_hours_and_data() -> None:
-    text = _call("estimate", "gla", "--gpus", "4").output
+    text = _call("estimate", "gla", "--gpus", "4", "--arm", "transformer", "--gpu", "A100").output
     for word in ("GPU-hours", "on 4 GPU(s)", "slimpajama", "source of these figures"):
         assert word in text
+    for word in ("h on 4 A100", "7.00 billion tokens", "recomputed", "a checkpoint"):
+        assert word in text
+    assert "vector:" not in text
 
 
 def test_malformed_chapter_is_named_with_file_and_line(copy: Path) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 import gatebook
 from conftest import chapter_fields
+from gatebook.data.sources import DataUnavailableError
 from gatebook.evidence import ledger, provenance
 
 DEFAULTS: dict[str, Any] = {
@@ -49,6 +50,10 @@ def _start(**changes: Any) -> gatebook.Run:
         ({"record": 1}, "'record' must be of type bool"),
         ({"record": True, "max_steps": 5}, "a shortened run is not evidence"),
         ({"data_dir": "no/such/folder"}, "is not a folder"),
+        ({"gpus": 0}, "'gpus' must be 1 or more"),
+        ({"gpus": 8}, "gpus=8 is for scale='full'"),
+        ({"strategy": "fdsp"}, r"unknown strategy 'fdsp'. Did you mean 'fsdp'\?"),
+        ({"confirm": 1}, "'confirm' must be of type bool"),
     ],
 )
 def test_a_wrong_parameter_names_what_is_allowed(changes: dict, message: str) -> None:
@@ -95,6 +100,19 @@ def test_an_unknown_chapter_names_those_that_exist() -> None:
 def test_seeds_of_different_runs_do_not_overlap() -> None:
     assert _start(seed=0).seeds == [0, 1, 2]
     assert _start(seed=1).seeds == [3, 4, 5]
+
+
+def test_a_long_run_is_counted_and_has_to_be_confirmed(
+    book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()  # the book itself
+    given = DEFAULTS | {"scale": "full"}
+    with pytest.raises(ValueError, match=r"about 29 GPU-hours.*confirm = True.*max_steps"):
+        gatebook.start("swin", given)
+    assert "no_bias: 28.3 M parameters" in capsys.readouterr().out
+    for agreed in ({"confirm": True}, {"max_steps": 20}):
+        with pytest.raises(DataUnavailableError, match="imagenet-1k"):
+            gatebook.start("swin", given | agreed)
 
 
 def test_full_prints_the_price(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,128 @@ def run(
 @main.command()
 @click.argument("slug")
 @click.option("--scale", type=SCALES, default="full", show_default=True)
-@click.option("--gpus", type=click.IntRange(1), help="Number of GPUs; default the paper's.")
-def estimate(slug: str, scale: str, gpus: int | None) -> None:
-    """Say what running SLUG costs, without running it."""
+@click.option("--arm", help="One of the chapter's models; default all.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--gpu", default="", help="Price another GPU than the one here, such as A100.")
+@click.option("--batch", type=click.IntRange(1), help="Most samples at once on a GPU.")
+def estimate(
+    slug: str, scale: str, arm: str | None, gpus: int, gpu: str, batch: int | None
+) -> None:
+    """Say what running SLUG costs, without running it.
+
+    Where a GPU is there, some steps are timed on it.
+    """
     from gatebook.evidence import ledger
     from gatebook.notebook import price_tag
+    from gatebook.training import estimate as prices
+    from gatebook.training.jobs import Job
 
     chapter = _guard(ledger.load_chapter, _root(), slug)
     click.echo(price_tag(chapter, scale, gpus))
+
+    def job(name: str) -> Job:
+        return Job(chapter=slug, arm=name, scale=scale, batch=batch or 0)
+
+    arms = [arm] if arm else None
+    with _reported():
+        for price in prices.of_chapter(
+            chapter, job=job, gpus=gpus, gpu=gpu, scale=scale, arms=arms
+        ):
+            click.echo("\n".join(price.lines()))
+
+
+def _job_options(command: Any) -> Any:
+    """The options that say what is trained, and how."""
+    options = (
+        click.option("--arm", help="One of the chapter's models."),
+        click.option("--scale", type=SCALES, default="full", show_default=True),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+        click.option("--steps", type=click.IntRange(1), help="Default: the whole recipe."),
+        click.option("--batch", type=click.IntRange(1), help="Most samples at once on a GPU."),
+        click.option("--data-dir", envvar="GATEBOOK_DATA", help="Folder with local copies."),
+        click.option("--folder", help="Of the run; default runs/SLUG/SCALE/ARM-SEED."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+        click.option("--strategy", type=click.Choice(["ddp", "fsdp"]), default="ddp"),
+        click.option("--compile", is_flag=True, help="Compile the model's blocks."),
+        click.option("--recompute", is_flag=True, help="Save memory: compute activations twice."),
+        click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("slug")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True)
+@_job_options
+def train(slug: str, gpus: int, **options: Any) -> None:
+    """Train one arm of the chapter SLUG on this machine.
+
+    \b
+      gatebook train gla --arm vector --gpus 8 --data-dir DATA
+
+    Ctrl-C writes a checkpoint and ends. The same command goes on from there.
+    """
+    jobs = _jobs(slug, gpus, options)
+    if len(jobs) > 1:
+        raise click.UsageError(f"train needs --arm: {', '.join(job.arm for job in jobs)}")
+    from gatebook.training import CheckpointError, launch
+
+    folder = jobs[0].path(_root())
+    click.echo(f"{slug} {jobs[0].arm}: log, checkpoints and weights go to {folder}")
+    try:
+        with _reported():
+            history = launch.launch(jobs[0], gpus=gpus, progress=_progress)
+    except (CheckpointError, FloatingPointError, ImportError, launch.WorkerError) as error:
+        raise click.ClickException(str(error)) from None
+    how = "stopped; the same command goes on" if history.stopped else "done"
+    click.echo(f"{len(history.loss)} steps in {history.seconds:.0f} s, {how}")
+
+
+@main.command()
+@click.argument("slug")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="On each node.")
+@click.option("--cpus", type=click.IntRange(1), default=8, show_default=True, help="For each GPU.")
+@click.option("--partition", help="Of Slurm; default the cluster's own.")
+@click.option("--hours", type=click.FloatRange(1 / 60), default=24.0, show_default=True)
+@click.option("--local", is_flag=True, help="In the background on this machine, without Slurm.")
+@_job_options
+def submit(
+    slug: str,
+    nodes: int,
+    gpus: int,
+    cpus: int,
+    partition: str | None,
+    hours: float,
+    local: bool,
+    **options: Any,
+) -> None:
+    """Submit the arms of the chapter SLUG to Slurm, a job for each, or one ARM.
+
+    \b
+      gatebook submit gla --nodes 2 --gpus 8 --data-dir DATA
+
+    Before its time is up a job writes a checkpoint and queues itself again.
+    """
+    jobs = _jobs(slug, nodes * gpus, options)
+    if len(jobs) > 1 and (local or options["folder"]):
+        raise click.UsageError("--local and --folder need --arm: they are for one run")
+    try:
+        from gatebook.training import cluster
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}: pip install 'gatebook[cluster]'") from None
+    where = "local" if local else "slurm"
+    size = {"nodes": nodes, "gpus": gpus, "cpus": cpus, "minutes": round(60 * hours)}
+    for job in jobs:
+        try:
+            with _reported():
+                submitted = cluster.submit(job, cluster=where, partition=partition, **size)
+        except RuntimeError as error:  # submitit's: no Slurm, or sbatch refuses
+            raise click.ClickException(str(error)) from None
+        click.echo(f"{slug} {job.arm}: job {submitted.job_id}")
+        click.echo(f"  {cluster.how_to_follow(submitted)}")
 
 
 @main.command()
@@ -190,6 +304,32 @@ def data(name: str | None, data_dir: str) -> None:
     for split in sources.DATASETS[name].splits:
         dataset = _guard(sources.load, name, split, data_dir)
         click.echo(f"{name} {split}: {len(dataset):,} rows, columns {dataset.column_names}")
+
+
+def _jobs(slug: str, processes: int, options: dict[str, Any]) -> list[Any]:
+    """The job of the arm in the options, or those of all arms."""
+    from gatebook.evidence import ledger
+    from gatebook.training.jobs import Job, build
+
+    settings = _guard(ledger.load_chapter, _root(), slug).scales[options["scale"]].settings
+    given = {name: value for name, value in options.items() if value is not None}
+    given["max_steps"] = given.pop("steps", 0)
+    arms = [given.pop("arm")] if "arm" in given else settings.get("arms", [""])
+    jobs = [Job(chapter=slug, arm=arm, **given) for arm in arms]
+    with _reported():
+        for job in jobs:
+            build(job, processes=processes)
+    return jobs
+
+
+def _progress(items: Iterable[int], words: Callable[[], str]) -> Iterator[int]:
+    """tqdm's bar, where there is a terminal."""
+    from tqdm import tqdm
+
+    bar = tqdm(items, leave=False, disable=not sys.stderr.isatty())
+    for item in bar:
+        bar.set_description(words(), refresh=False)
+        yield item
 
 
 def _root() -> Path:

@@ -86,17 +86,24 @@ class Run:
             settings: instead of the scale's own.
 
         Returns:
-            The trained model on the run's device, and its `History`.
+            The trained model on the run's device, and its `History`, whose losses are those in the
+            log: means over ten steps each, from the first on even if the run was resumed.
 
         Raises:
             ValueError: this chapter has no such job at this scale.
         """
         from gatebook import models
-        from gatebook.training import launch
+        from gatebook.training import History, launch
+        from gatebook.training.metrics import logged_losses
 
         job = self.job(arm, seed, **settings)
         found = launch.launch(job, gpus=self.gpus, progress=self.progress)
-        return models.load(job.path(self.root) / "weights").to(self.device), found
+        folder = job.path(self.root)
+        if found.stopped:
+            raise KeyboardInterrupt(f"{arm} was stopped; run the cell again to go on")
+        losses = logged_losses(folder / "log.jsonl")
+        model = models.load(folder / "weights").to(self.device)
+        return model, History(loss=losses, seconds=found.seconds)
 
     def job(self, arm: str, seed: int = 0, **settings: Any) -> Any:
         """The training run of one arm, as `gatebook.training.jobs` knows it."""

@@ -74,10 +74,9 @@ def packed(mirrors, tokenizer):
 
 def tokens_of(layout, tokenizer) -> list[list[int]]:
     """What each shard holds, from the rows themselves."""
-    size = {"rows": 1, "groups": 4}.get(layout)
     shards = [[] for _ in range(S)]
     for i, row in enumerate(ROWS):
-        part = next(f for f in range(30) if i < (f + 1) * N // 30) if size is None else i // size
+        part = next(f for f in range(30) if i < (f + 1) * N // 30) if layout == "files" else i
         ids = [tokenizer.token_to_id(word) for word in row.split()]
         shards[part % S] += [*ids, tokenizer.token_to_id("</s>")]
     return shards
@@ -294,35 +293,31 @@ def test_a_tokeniser_that_truncates_or_pads_is_refused(packed, tokenizer, settin
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (pa.array([], pa.string()), r"slimpajama \(train\) has no rows or cannot be read"),
-        (pa.array([3, 4, 5]), r"slimpajama \(train\): 'text' must hold strings, not int"),
-        (pa.array(["a", None]), r"slimpajama \(train\): 'text' must hold strings, not NoneType"),
-        (pa.array(["w1", "w2"]), "shard 2 has no rows to repeat: take fewer shards"),
+        (pa.array([], pa.string()), r"slimpajama \(train\) cannot be read, or a file is empty"),
+        (pa.array(["w1", "w2"]), r"slimpajama \(train\) has 2 rows, too few for 6 shards"),
+        (pa.array(range(9)), r"slimpajama \(train\): 'text' must hold strings, not int"),
+        (pa.array([*"abcdef", None]), r"slimpajama \(train\): .* strings, not NoneType"),
     ],
 )
 def test_bad_data_raise(packed, tmp_path, rows, message):
     write(tmp_path, rows)
     with pytest.raises(ValueError, match=message):
-        list(packed(data_dir=tmp_path, length=1))
+        list(packed(data_dir=tmp_path, length=1, epochs=1))
 
 
-def test_a_file_without_row_groups_is_refused(packed, tmp_path):
-    path = write(tmp_path, ROWS) / "slimpajama/train-00.parquet"
-    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
-    with pytest.raises(ValueError, match=r"slimpajama \(train\) has no rows"):
+@pytest.mark.parametrize("files", [1, S])
+def test_files_without_row_groups_are_refused(packed, tmp_path, files):
+    for path in (write(tmp_path, ROWS, files=files) / "slimpajama").iterdir():
+        pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+    with pytest.raises(ValueError, match=r"slimpajama \(train\) has 0 rows"):
         packed(data_dir=tmp_path)
 
 
 def test_a_data_set_without_text_is_refused(packed, tmp_path):
     (tmp_path / "cifar10").mkdir()
-    pq.write_table(pa.table({"img": [1], "label": [2]}), tmp_path / "cifar10/train.parquet")
+    pq.write_table(pa.table({"img": [1] * S, "label": [2] * S}), tmp_path / "cifar10/train.parquet")
     with pytest.raises(ValueError, match=r"cifar10 \(train\) has no column 'text', but \['img'"):
         packed(name="cifar10", data_dir=tmp_path)
-
-
-def test_fewer_rows_than_shards_can_be_read_once(packed, tmp_path):
-    write(tmp_path, ["w1", "w2"])
-    assert len(list(packed(data_dir=tmp_path, length=1, batch_size=1, epochs=1))) == 2
 
 
 def test_states_that_do_not_fit_are_refused(packed):
@@ -332,9 +327,9 @@ def test_states_that_do_not_fit_are_refused(packed):
         PackedStream.merge_states([])
     with pytest.raises(ValueError, match=r"two states hold the shards \[0, 2, 4\]"):
         PackedStream.merge_states([zero, zero])
-    with pytest.raises(ValueError, match=r"the states are of .* and of .*'parts': 30"):
+    with pytest.raises(ValueError, match=r"the states are of .* and of .*'files': 30"):
         PackedStream.merge_states([zero, other])
-    with pytest.raises(ValueError, match=r"the state is of .*'parts': 30.*, the stream of"):
+    with pytest.raises(ValueError, match=r"the state is of .*'files': 30.*, the stream of"):
         packed("rows").load_state_dict(other)
     with pytest.raises(ValueError, match=r"lacks the shards \[0, 2, 4\]: merge those of all"):
         packed("rows").load_state_dict(one)

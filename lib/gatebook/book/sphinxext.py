@@ -77,6 +77,16 @@ class KernelsDirective(SphinxDirective):
         return [kernels_node(part=part)]
 
 
+class PricesDirective(SphinxDirective):
+    """``{prices}``: what every full run costs."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table; counting takes a minute, so it is made when its page is read."""
+        from gatebook.book import prices
+
+        return [nodes.raw("", prices.prices(_root(self.env.app)), format="html")]
+
+
 class ClaimsDirective(SphinxDirective):
     """``{claims} SLUG C1 C2``: some claims of a chapter with their verdicts."""
 
@@ -312,6 +322,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("scoreboard-summary", SummaryDirective)
     app.add_directive("kernels", KernelsDirective)
+    app.add_directive("prices", PricesDirective)
     app.add_directive("claims", ClaimsDirective)
     app.add_directive("api", ApiDirective)
     app.connect("env-get-outdated", _outdated)

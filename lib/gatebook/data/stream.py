@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ROWS = 16  # rows of a shard that are tokenised together
-GROUPS = 8  # row groups in a shard from which on their unequal number matters little
 
 
 class PackedStream:
@@ -31,9 +30,9 @@ class PackedStream:
     with v mod W = r and takes a sample from each in turn. With W * B a multiple of S, a global
     step is therefore the same set of samples for every W, until a shard ends.
 
-    A shard is every S-th file if there are S files, else every S-th row group if there are 8 S,
-    else every S-th row. In the last case each shard reads the whole split. As all shards advance
-    alike, the text of a shard that holds more than another is seen less often.
+    A shard is every S-th file if the split has S files; else it is every S-th row, and each rank
+    reads all rows but tokenises its own. As all shards advance alike, the text of a shard that
+    holds more than another is seen less often.
 
     With `epochs`, a shard ends after so many passes and leaves out the fewer than T + 1 tokens
     that fill no sample; once all shards of a rank have ended, so does the rank, and leaves out the
@@ -57,7 +56,7 @@ class PackedStream:
         epochs: int | None = None,
         data_dir: str | Path = "",
     ) -> None:
-        """Opens the stream and reads its first row.
+        """Opens the stream and reads its first rows.
 
         Args:
             name: Key of `sources.DATASETS` with a column `text`.
@@ -74,7 +73,7 @@ class PackedStream:
 
         Raises:
             ValueError: A number is out of range, the tokeniser has no such token, truncates or
-                pads, or the split has no row or no column `text`.
+                pads, or the split has too few rows or no column `text`.
             sources.DataUnavailableError: The data set cannot be had.
         """
         counts = {"length": length, "batch_size": batch_size, "shards": shards, "epochs": epochs}
@@ -93,29 +92,33 @@ class PackedStream:
             raise ValueError("the tokeniser truncates or pads: call no_truncation and no_padding")
 
         rows = sources.load(name, split, data_dir, streaming=True)
+        whole = rows.num_shards >= shards  # files
         try:
-            first = next(iter(rows))
-        except (StopIteration, ValueError) as error:  # datasets refuses an empty row group
-            raise ValueError(f"{name} ({split}) has no rows or cannot be read") from error
-        if "text" not in first:
-            raise ValueError(f"{name} ({split}) has no column 'text', but {sorted(first)}")
-        groups = rows if rows.num_shards >= shards else rows.reshard()
-        by_row = rows.num_shards < shards and groups.num_shards < GROUPS * shards
+            head = list(islice(rows, 1 if whole else shards))
+        except ValueError as error:  # datasets refuses an empty row group
+            raise ValueError(f"{name} ({split}) cannot be read, or a file is empty") from error
+        if len(head) < (1 if whole else shards):
+            raise ValueError(f"{name} ({split}) has {len(head)} rows, too few for {shards} shards")
+        if "text" not in head[0]:
+            raise ValueError(f"{name} ({split}) has no column 'text', but {sorted(head[0])}")
         self.tokenizer, self.end = tokenizer, end
         self.length, self.batch_size = length, batch_size
         self.source = {"name": name, "split": split, "shards": shards, "rows": ROWS}
-        self.source["parts"] = 1 if by_row else groups.num_shards
+        self.source["files"] = rows.num_shards if whole else 0
+        reader, own = _Reader(rows, ROWS * shards), slice(None)
         self.shards: dict[int, _Shard] = {}
         for v in range(rank, shards, processes):
-            part = rows.shard(1, 0) if by_row else groups.shard(shards, v, contiguous=False)
-            own = slice(v, None, shards) if by_row else slice(None)
-            self.shards[v] = _Shard(v, part, own, self._encode, epochs)
+            if whole:
+                reader = _Reader(rows.shard(shards, v, contiguous=False), ROWS)
+            else:
+                own = slice(v, None, shards)
+            self.shards[v] = _Shard(v, reader, own, self._encode, epochs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields inputs and targets, both `[B, T]`, int64.
 
         Raises:
-            ValueError: A row's text is not a string, or a shard to be repeated has no rows.
+            ValueError: A row's text is not a string.
         """
         samples = self._samples()
         while len(batch := list(islice(samples, self.batch_size))) == self.batch_size:
@@ -184,6 +187,47 @@ class PackedStream:
         return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids]))
 
 
+class _Reader:
+    """Blocks of rows of a data set, over and over, for shards that are a few blocks apart.
+
+    A place is a pass, a block of it, and how to find that block again in the data set.
+    """
+
+    def __init__(self, rows: Any, size: int) -> None:
+        """Remembers the `IterableDataset` and the rows in a block."""
+        self.rows, self.size = rows.with_format("arrow"), size
+        self.start = {"at": (0, 0), "rows": self.rows.state_dict()}
+        self.places: dict[int, dict[str, Any]] = {}  # of each shard
+
+    def seek(self, shard: int, place: dict[str, Any]) -> None:
+        """Go to a place."""
+        self.places[shard] = place
+        self.blocks, self.kept = None, {}
+
+    def read(self, shard: int) -> Any:
+        """The next block of a shard, an Arrow column, or None at the end of a pass."""
+        if self.blocks is None:
+            self.blocks = self._read(min(self.places.values(), key=lambda p: p["at"]))
+        while (at := self.places[shard]["at"]) not in self.kept:
+            self.kept |= next(self.blocks)
+        block, self.places[shard] = self.kept[at]
+        first = min(place["at"] for place in self.places.values())
+        self.kept = {at: kept for at, kept in self.kept.items() if at >= first}
+        return block
+
+    def _read(self, place: dict[str, Any]) -> Iterator[dict[tuple[int, int], tuple]]:
+        """Yields each block, or None after the last, and the place after it."""
+        while True:
+            epoch, block = place["at"]
+            self.rows.load_state_dict(place["rows"])
+            for table in self.rows.iter(batch_size=self.size):
+                place = {"at": (epoch, block + 1), "rows": self.rows.state_dict()}
+                yield {(epoch, block): (table["text"], place)}
+                block += 1
+            place = {**self.start, "at": (epoch + 1, 0)}
+            yield {(epoch, block): (None, place)}
+
+
 class _Shard:
     """The tokens of one virtual shard.
 
@@ -192,18 +236,17 @@ class _Shard:
     """
 
     def __init__(
-        self, number: int, rows: Any, own: slice, encode: Callable, epochs: int | None
+        self, number: int, reader: _Reader, own: slice, encode: Callable, epochs: int | None
     ) -> None:
-        """Remembers the `IterableDataset`, which of its rows are the shard's, and how to encode."""
-        self.number, self.rows, self.own = number, rows.with_format("arrow"), own
+        """Remembers the reader, which rows of a block are the shard's, and how to encode them."""
+        self.number, self.reader, self.own = number, reader, own
         self.encode, self.epochs = encode, epochs
-        self.start = {"epoch": 0, "rows": self.rows.state_dict()}
         self.rewind()
 
     def rewind(self) -> None:
         """Go back to the first row."""
         left = torch.empty(0, dtype=torch.int32)
-        self.load_state_dict({"place": self.start, "left": left, "used": 0, "given": 0})
+        self.load_state_dict({"place": self.reader.start, "left": left, "used": 0, "given": 0})
 
     def state_dict(self) -> dict[str, Any]:
         """The place before the last rows read, the tokens left then, and those used since."""
@@ -212,38 +255,29 @@ class _Shard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.place = self.next_place = state["place"]
-        self.tokens = self.left = state["left"]
+        self.place, self.left, self.tokens = state["place"], state["left"], state["left"]
         self.used, self.given = state["used"], state["given"]
-        self.blocks = self._read()
+        self.reader.seek(self.number, self.place)
 
     def take(self, length: int) -> Tensor | None:
         """The next sample, `[length + 1]`, int32, or None at the end."""
         while len(self.tokens) < self.used + length + 1:
-            place = self.next_place
-            block = next(self.blocks, None)
-            if block is None:
+            place = self.reader.places[self.number]
+            ids = self._next_ids()
+            if ids is None:
                 return None
             if self.used <= len(self.tokens):  # else the rows from `place` on are not all back yet
                 self.place, self.left = place, self.tokens[self.used :]
                 self.tokens, self.used = self.left, 0
-            self.tokens = torch.cat([self.tokens, block])
+            self.tokens = torch.cat([self.tokens, ids])
         self.given += 1
         self.used += length
         return self.tokens[self.used - length : self.used + 1]
 
-    def _read(self) -> Iterator[Tensor]:
-        """Yields the tokens of the next rows, from `next_place` on."""
-        epoch = self.next_place["epoch"]
-        while self.epochs is None or epoch < self.epochs:
-            found = self.next_place != {**self.start, "epoch": epoch}
-            self.rows.load_state_dict(self.next_place["rows"])
-            for table in self.rows.iter(batch_size=ROWS * (self.own.step or 1)):
-                self.next_place = {"epoch": epoch, "rows": self.rows.state_dict()}
-                texts = table["text"][self.own].to_pylist()
-                found = found or bool(texts)
-                yield self.encode(texts)
-            if not found and self.epochs is None:
-                raise ValueError(f"shard {self.number} has no rows to repeat: take fewer shards")
-            epoch += 1
-            self.next_place = {**self.start, "epoch": epoch}
+    def _next_ids(self) -> Tensor | None:
+        """The tokens of the next rows, `[N]`, int32, or None at the end."""
+        while self.epochs is None or self.reader.places[self.number]["at"][0] < self.epochs:
+            block = self.reader.read(self.number)
+            if block is not None:
+                return self.encode(block[self.own].to_pylist())
+        return None

@@ -1,6 +1,7 @@
 """What a job costs before anything is allocated: FLOPs, GPU-hours, memory, disk."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Estimate:
         return [
             f"{self.job.arm}: {self.parameters / 1e6:,.1f} M parameters, "
             f"{self.flops_per_unit / 1e9:,.2f} GFLOPs for {_ONE[self.unit]}",
-            f"  work: {_big(self.units)} {self.unit} in {self.steps:,} steps, "
+            f"  work: {big(self.units)} {self.unit} in {self.steps:,} steps, "
             f"{self.units * self.flops_per_unit:.2e} FLOPs",
             f"  time: {self.gpu_hours:,.1f} GPU-hours, {hours:,.1f} h on {self.gpus} {self.gpu}; "
             f"{self.units_per_second:,.0f} {self.unit}/s a GPU ({self.source})",
@@ -120,12 +121,21 @@ def estimate(job: Job, *, gpus: int = 1, gpu: str = "", probe: bool = True) -> E
 
 
 def of_chapter(
-    chapter: Any, *, job: Callable[[str], Job], gpus: int = 1, gpu: str = "", scale: str = "full"
+    chapter: Any,
+    *,
+    job: Callable[[str], Job],
+    gpus: int = 1,
+    gpu: str = "",
+    scale: str = "full",
+    arms: list[str] | None = None,
 ) -> Iterator[Estimate]:
-    """The price of every arm of a chapter, one after the other; none if its arms are no jobs."""
+    """The price of the arms of a chapter (of all by default), one after the other.
+
+    None if they are no jobs, unless some were named.
+    """
     settings = chapter.scales[scale].settings
-    if settings.get("task") in BUILDERS:
-        for arm in settings["arms"]:
+    if arms or settings.get("task") in BUILDERS:
+        for arm in arms or settings["arms"]:
             yield estimate(job(arm), gpus=gpus, gpu=gpu)
 
 
@@ -173,7 +183,8 @@ def _saved(task: Task, recompute: bool) -> tuple[int, int]:
         own = {x.untyped_storage()._cdata for x in weights.values()}
         half = task.recipes[0].precision == "bf16"
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that mixed types are slow: nothing is computed
             task.loss(model, batch)
     return sum(sizes.values()), max(sizes.values(), default=0)
 
@@ -227,7 +238,8 @@ def _timed(work: Any) -> float:
     return time.perf_counter() - start
 
 
-def _big(x: float) -> str:
+def big(x: float) -> str:
+    """A number in words: 7.00 billion."""
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if x >= size:
             return f"{x / size:,.2f} {name}"

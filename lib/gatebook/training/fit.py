@@ -75,11 +75,13 @@ def fit(
         work: what a step processes and costs, for tokens a second and the fraction of the device's
             peak (MFU).
         log_path: file that gets a JSON line each `log_every` steps (step, loss, lr, grad_norm,
-            seconds, and with `work` speed and MFU). The loss is the mean over all processes.
+            seconds, and with `work` speed and MFU). The loss is the mean over all processes and
+            over the steps since the line before.
         log_every: steps between two lines. Reading a number waits for the device.
         tensorboard_dir: folder for the same numbers as TensorBoard events, or None.
         checkpoint_dir: folder for checkpoints, one folder each, written whole or not at all.
-        checkpoint_every: optimiser steps between checkpoints; 0 writes none.
+        checkpoint_every: optimiser steps between checkpoints, the last of which is that of the last
+            step; 0 writes none.
         keep_checkpoints: number of newest checkpoints that are kept.
         resume: continue from the newest whole checkpoint in `checkpoint_dir`, if there is one.
         stop: asked each `log_every` steps; once it is true on some process, all write a checkpoint
@@ -106,6 +108,7 @@ def fit(
     first = checkpoint.restore(checkpoint_dir, model, optimizer, batches) if resume else 0
     wound = 0 if checkpoint.has_state(batches) else first * recipe.accumulate
     stream, history, lazy = _endless(batches, skip=wound), History(), []
+    recent: list[Tensor] = []  # since the last line of the log
     start = time.perf_counter()
 
     def keep(step: int) -> None:
@@ -122,15 +125,18 @@ def fit(
                 group["lr"] = recipe.lr_at(step)
             loss, norm = _step(accelerator, model, optimizer, stream, loss_fn, recipe)
             lazy.append(loss)
+            recent.append(loss)
             done, due = step + 1, (step + 1) % log_every == 0
             if log.wanted and due:
-                log.write(step, parallel.mean(loss), norm, recipe.lr_at(step))
+                log.write(step, parallel.mean(torch.stack(recent).mean()), norm, recipe.lr_at(step))
+            if due:
+                recent.clear()
             if stop and due and done < recipe.steps and parallel.any_process(stop(), loss.device):
                 history.stopped = True
                 if checkpoint_dir is not None:
                     keep(done)
                 break
-            if checkpoint_every and done % checkpoint_every == 0:
+            if checkpoint_every and (done % checkpoint_every == 0 or done == recipe.steps):
                 try:
                     keep(done)
                 except checkpoint.CheckpointError as error:

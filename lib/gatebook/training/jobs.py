@@ -373,6 +373,7 @@ def speech_separation(
     def loss(model: nn.Module, sources: Tensor) -> Tensor:
         return audio.separation_loss(model(sources.sum(1)), sources, floor_db=-30.0)
 
+    audio.best_order(*torch.rand(2, 1, 2, 8))  # torchmetrics keeps tensors: let them hold numbers
     recipes = [Recipe(**{**s.recipe, **stage}) for stage in s.stages]
     batch, accumulate = divide(s.batch, recipes[0].accumulate, processes, job.batch)
     draw = {"seed": job.seed, "count": s.batches, "samples": s.samples, "data_dir": job.data_dir}

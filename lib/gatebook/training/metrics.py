@@ -62,6 +62,12 @@ class Work:
         return found
 
 
+def logged_losses(path: str | Path) -> list[float]:
+    """The losses in a log, in the order of the steps; of a step done twice the later one."""
+    lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    return [loss for _, loss in sorted({line["step"]: line["loss"] for line in lines}.items())]
+
+
 class Log:
     """A log of a run; only the main process writes."""
 

@@ -1,0 +1,172 @@
+"""Jobs through submitit: what Slurm is asked for, signals, the queue."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import submitit
+from click.testing import CliRunner
+
+from gatebook.cli import main
+from gatebook.training.cluster import how_to_follow, submit
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def logged(folder: str) -> list[float]:
+    """Losses, by the last line of each step."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return list({line["step"]: line["loss"] for line in map(json.loads, lines)}.values())
+
+
+def call(*words: str) -> Any:
+    return CliRunner().invoke(main, ["submit", *words])
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that stand in for Slurm's: sbatch counts the jobs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "srun": "",
+        "sbatch": f"echo x >> {folder}/jobs; echo Submitted batch job $(wc -l < {folder}/jobs)",
+    }
+    for name, line in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_every_arm_becomes_a_job_that_asks_for_what_was_said(copy, slurm):
+    words = ("--scale", "full", "--nodes", "2", "--gpus", "8", "--partition", "long")
+    result = call("gla", *words, "--hours", "36")
+    assert result.exit_code == 0, result.output
+    arms = ("none", "fixed", "scalar", "vector", "transformer")
+    for number, arm in enumerate(arms, 1):
+        folder = copy / f"runs/gla/full/{arm}-0/submitit/{number}"
+        assert f"gla {arm}: job {number}\n" in result.output
+        assert f"squeue -j {number}; tail -f {folder}/{number}_0_log.out" in result.output
+        script = (folder / f"{number}_submission.sh").read_text()
+        asked = dict(
+            line.removeprefix("#SBATCH --").partition("=")[::2]
+            for line in script.splitlines()
+            if line.startswith("#SBATCH")
+        )
+        assert asked == {
+            "job-name": f"gla-{arm}",
+            "nodes": "2",
+            "ntasks-per-node": "8",
+            "gpus-per-node": "8",
+            "cpus-per-task": "8",
+            "time": "2160",
+            "partition": "long",
+            "signal": "USR2@300",
+            "requeue": "",
+            "open-mode": "append",
+            "output": f"{folder.parent}/%j/%j_0_log.out",
+            "error": f"{folder.parent}/%j/%j_0_log.err",
+            "wckey": "submitit",
+        }
+        (command,) = (line for line in script.splitlines() if line.startswith("srun"))
+        assert "--cpus-per-task=8" in command
+        assert "submitit.core._submit" in command
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("toi",), "unknown chapter 'toi'. Did you mean 'toy'?"),
+        (("toy", "--arm", "vectr"), "unknown arm of toy at full 'vectr'"),
+        (("toy", "--nodes", "2", "--gpus", "8"), "16 processes do not share a global batch of 24"),
+        (("toy", "--local"), "--local and --folder need --arm"),
+        (("toy", "--folder", "x"), "--local and --folder need --arm"),
+        (("toy", "--local", "--arm", "none", "--nodes", "2"), "can use only one node"),
+        (("toy", "--arm", "none"), 'Could not detect "srun"'),
+    ],
+)
+def test_the_command_says_what_is_wrong(job, monkeypatch, words, message):
+    monkeypatch.setenv("PATH", "")
+    result = call(*words)
+    assert result.exit_code in (1, 2)
+    assert result.output.count("Error:") == 1
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nodes": 0}, "nodes is 0, but must be at least 1"),
+        ({"minutes": 0}, "minutes is 0, but must be at least 1"),
+        ({"cluster": "slrum"}, "unknown cluster 'slrum'. Did you mean 'slurm'?"),
+        ({"cluster": "debug", "gpus": 2}, "runs one process, not 2"),
+    ],
+)
+def test_numbers_and_clusters_that_cannot_be(job, options, message):
+    with pytest.raises(ValueError, match=message):
+        submit(job, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # submitit's, about its own log
+def test_debug_trains_here_when_the_result_is_asked_for(job, alone):
+    usual = signal.getsignal(signal.SIGTERM)
+    submitted = submit(job, cluster="debug")
+    assert logged(job.folder) == []
+    assert submitted.result().loss == alone
+    assert signal.getsignal(signal.SIGTERM) is usual
+
+
+def test_two_processes_that_are_preempted_go_on_by_themselves(job, alone):
+    submitted = submit(job, gpus=2, cluster="local", cpus=1)
+    wait_for(lambda: len(logged(job.folder)) > 2)
+    for task in psutil.Process(int(submitted.job_id)).children():
+        task.send_signal(signal.SIGUSR2)
+    one, two = submitted.results()
+    assert one.loss == two.loss
+    assert 0 < len(one.loss) < len(alone)
+    assert logged(job.folder) == pytest.approx(alone, rel=1e-6)
+    assert "Requeued job" in submitted.stderr() + submitted.stdout()
+    assert "tail -f" in how_to_follow(submitted)
+
+
+def slurm_answers() -> bool:
+    if not shutil.which("sbatch") or not shutil.which("sinfo"):
+        return False
+    return subprocess.run(["sinfo"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not slurm_answers(), reason="no Slurm here")
+@pytest.mark.parametrize("how", ["requeued", "timed out"])
+def test_a_job_of_slurm_goes_on_after_it_was_put_back(job, alone, how):
+    job = replace(job, folder=str(Path.home() / f"gatebook-slurm-test/{os.getpid()}-{how}"))
+    submitted = submit(job, gpus=2, cpus=1, minutes=15)
+    assert isinstance(submitted, submitit.SlurmJob)
+    try:
+        wait_for(lambda: len(logged(job.folder)) > 2, 300)
+        command = {
+            "requeued": ["scontrol", "requeue", submitted.job_id],
+            "timed out": ["scancel", "--signal=USR2", submitted.job_id],
+        }
+        subprocess.run(command[how], check=True)
+        wait_for(submitted.paths.result_pickle.exists, 600)  # Slurm waits before it begins again
+        assert logged(job.folder) == pytest.approx(alone, rel=1e-6)
+        assert 0 < len(submitted.results()[0].loss) < len(alone)
+    finally:
+        submitted.cancel()
+        shutil.rmtree(Path(job.folder).parent)
