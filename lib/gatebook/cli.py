@@ -164,7 +164,7 @@ def train(slug: str, gpus: int, **options: Any) -> None:
     Ctrl-C writes a checkpoint and ends. The same command goes on from there.
     """
     jobs = _jobs(slug, gpus, options)
-    if len(jobs) > 1:
+    if options["arm"] is None:
         raise click.UsageError(f"train needs --arm: {', '.join(job.arm for job in jobs)}")
     from gatebook.training import CheckpointError, launch
 

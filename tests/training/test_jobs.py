@@ -104,7 +104,13 @@ def test_a_job_that_was_stopped_goes_on_where_it_was(slimpajama):
     assert len(part.loss) == 6
 
 
-def test_max_steps_shortens_the_run_and_keeps_the_schedule(slimpajama):
+def test_a_run_cut_short_has_a_folder_of_its_own():
+    whole, short = (Job(chapter="gla", arm="vector", max_steps=n) for n in (0, 20))
+    assert whole.path(Path("x")) == Path("x/runs/gla/full/vector-0")
+    assert short.path(Path("x")) == Path("x/runs/gla/full/vector-0-first-20")
+
+
+def test_max_steps_shortens_the_run(slimpajama):
     short = jobs.build(gla(slimpajama, max_steps=3))
     assert short.recipes[0].steps == 3
     assert len(jobs.train(gla(slimpajama, max_steps=3)).loss) == 3
@@ -132,6 +138,8 @@ def test_mossformer_trains_in_stages(libri2mix, tmp_path):
     job = Job(chapter="mossformer", arm="joint", settings=settings, **where)
     assert len(jobs.train(job).loss) == 5
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"stage-0", "stage-1", "weights"}
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]  # the last of each stage
 
 
 @pytest.mark.parametrize(

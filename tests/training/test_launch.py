@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,9 +20,10 @@ import torch
 from click.testing import CliRunner
 
 from gatebook.cli import main
+from gatebook.training import Recipe
 from gatebook.training import launch as module
 from gatebook.training.jobs import Job
-from gatebook.training.launch import WorkerError, launch, read_job, write_job
+from gatebook.training.launch import launch, read_job, write_job
 
 STEPS = 40
 
@@ -95,7 +97,8 @@ def test_two_processes_that_are_stopped_and_go_on_equal_one(job, alone, capfd):
     assert not second.stopped
     assert first.loss + second.loss == pytest.approx(alone, rel=1e-6)
     assert capfd.readouterr() == ("", "")
-    assert (Path(job.folder) / "weights/model.safetensors").is_file()
+    assert len(list(Path(job.folder).glob(f"stage-0/step-{STEPS:08d}/rank-*.pt"))) == 2
+    assert Path(job.folder, "weights/model.safetensors").is_file()
 
 
 def test_signals_wait_until_a_process_has_its_handlers(job, tmp_path, monkeypatch):
@@ -110,16 +113,23 @@ def test_signals_wait_until_a_process_has_its_handlers(job, tmp_path, monkeypatc
     assert "SIGINT" in found
 
 
-def test_what_a_process_fails_of_is_raised_once_and_its_log_is_named(job, spoilt, capfd):
-    with pytest.raises(WorkerError) as caught:
-        launch(replace(job, data_dir=spoilt), gpus=2)
-    assert caught.value.__suppress_context__
-    message = str(caught.value)
-    assert "process 1 failed: Exception: WordLevel error: Missing [UNK] token" in message
-    assert len(message.splitlines()) == 1
-    log = Path(message.partition("(log: ")[2].removesuffix(")"))
-    assert "Traceback" in log.read_text()
-    assert capfd.readouterr() == ("", "")
+def command(job: Job) -> list[str]:
+    """The command that trains a job on two processes."""
+    words = ["--arm", job.arm, "--device", "cpu", "--gpus", "2", "--data-dir", job.data_dir]
+    return [sys.executable, "-m", "gatebook.cli", "train", "toy", *words, "--folder", job.folder]
+
+
+def test_what_a_process_fails_of_is_said_in_one_line_that_names_its_log(job, spoilt):
+    job = replace(job, data_dir=spoilt)
+    done = subprocess.run(command(job), capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    message, _, log = line.partition(" (log: ")
+    wrong = "Exception: WordLevel error: Missing [UNK] token from the vocabulary"
+    assert message == f"Error: process 1 failed: {wrong}"
+    text = Path(log.removesuffix(")")).read_text()
+    assert "Traceback" in text
+    assert wrong in text
 
 
 def test_a_killed_process_is_named(tmp_path):
@@ -131,6 +141,15 @@ def test_a_killed_process_is_named(tmp_path):
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file="")
     message = str(module._first_failure(tmp_path, ChildFailedError("work", {1: failure})))
     assert "process 1 failed: Signal 9 (SIGKILL)" in message
+
+
+def test_a_bar_goes_on_in_the_stage_that_was_reached(tmp_path):
+    task = SimpleNamespace(recipes=[Recipe(steps=steps, lr=1.0) for steps in (12, 8, 5)])
+    (tmp_path / "stage-0/step-00000012").mkdir(parents=True)
+    assert module._steps_done(task, tmp_path) == 12
+    for name in ("stage-1/step-00000004", "stage-1/step-00000006", "stage-1/step-00000008.partial"):
+        (tmp_path / name).mkdir(parents=True)
+    assert module._steps_done(task, tmp_path) == 18
 
 
 def test_an_error_here_leaves_no_process_behind(job, monkeypatch):
@@ -149,9 +168,7 @@ def test_an_error_here_leaves_no_process_behind(job, monkeypatch):
 
 
 def test_processes_outlive_a_killed_parent_by_a_checkpoint(job, alone):
-    words = ["--arm", "vector", "--device", "cpu", "--gpus", "2", "--data-dir", job.data_dir]
-    command = [sys.executable, "-m", "gatebook.cli", "train", "toy", *words]
-    parent = psutil.Popen([*command, "--folder", job.folder], stdout=subprocess.DEVNULL)
+    parent = psutil.Popen(command(job), stdout=subprocess.DEVNULL)
     wait_for(lambda: Path(job.folder, "log.jsonl").is_file() and logged(job.folder))
     orphans = workers(parent)
     parent.kill()
@@ -167,8 +184,8 @@ def test_under_torchrun_a_signal_ends_all_and_one_process_can_go_on(job, alone, 
     write_job(job, tmp_path / "job.json")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["-m", "gatebook.training.launch", str(tmp_path / "job.json")]
-    command = [sys.executable, "-m", *launcher, *words]
-    with psutil.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    start = [sys.executable, "-m", *launcher, *words]
+    with psutil.Popen(start, stdout=subprocess.PIPE, text=True) as run:
         log = Path(job.folder, "log.jsonl")
         wait_for(lambda: log.is_file() and logged(job.folder))
         run.children()[1].terminate()  # one process alone
@@ -232,6 +249,19 @@ def test_the_command_trains_and_says_where(job, alone):
     assert f"{STEPS} steps" in result.output
     means = [statistics.mean(alone[i : i + 10]) for i in range(0, STEPS, 10)]
     assert list(logged(job.folder).values()) == pytest.approx(means, rel=1e-6)
+
+
+def test_every_option_of_the_command_reaches_the_job(job, monkeypatch):
+    given = {}
+    monkeypatch.setattr(module, "launch", lambda job, **more: given.update(job=job, **more))
+    words = "--gpus 2 --seed 3 --steps 7 --batch 6 --folder f --device cuda --strategy fsdp"
+    monkeypatch.setenv("GATEBOOK_DATA", "mirror")
+    train("toy", "--arm", "none", *words.split(), "--compile", "--recompute", "--tensorboard")
+    del given["progress"]
+    options = {"max_steps": 7, "batch": 6, "folder": "f", "data_dir": "mirror", "device": "cuda"}
+    switches = {"strategy": "fsdp", "compile": True, "recompute": True, "tensorboard": True}
+    wanted = Job(chapter="toy", arm="none", seed=3, **options, **switches)
+    assert given == {"job": wanted, "gpus": 2}
 
 
 @pytest.mark.parametrize(

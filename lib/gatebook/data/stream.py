@@ -4,6 +4,8 @@ Shapes: B sequences in a batch of one process, T tokens in a sequence. W process
 S virtual shards.
 """
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -198,10 +200,15 @@ class _Reader:
         self.rows, self.size = rows.with_format("arrow"), size
         self.start = {"at": (0, 0), "rows": self.rows.state_dict()}
         self.places: dict[int, dict[str, Any]] = {}  # of each shard
+        _readers.add(self)
 
     def seek(self, shard: int, place: dict[str, Any]) -> None:
         """Go to a place."""
         self.places[shard] = place
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and forget what was read."""
         self.blocks, self.kept = None, {}
 
     def read(self, shard: int) -> Any:
@@ -226,6 +233,16 @@ class _Reader:
                 block += 1
             place = {**self.start, "at": (epoch + 1, 0)}
             yield {(epoch, block): (None, place)}
+
+
+_readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_readers() -> None:
+    """A process with a half-read Parquet file hangs or aborts in pyarrow's threads at its end."""
+    for reader in _readers:
+        reader.close()
 
 
 class _Shard:

@@ -48,6 +48,7 @@ def fit(
     work: Work | None = None,
     log_path: str | Path | None = None,
     log_every: int = 1,
+    log_from: int = 0,
     tensorboard_dir: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 0,
@@ -77,7 +78,9 @@ def fit(
         log_path: file that gets a JSON line each `log_every` steps (step, loss, lr, grad_norm,
             seconds, and with `work` speed and MFU). The loss is the mean over all processes and
             over the steps since the line before.
-        log_every: steps between two lines. Reading a number waits for the device.
+        log_every: steps between two lines; the last step has one, too. Reading a number waits for
+            the device.
+        log_from: number of the first step in the log, for a run of several recipes.
         tensorboard_dir: folder for the same numbers as TensorBoard events, or None.
         checkpoint_dir: folder for checkpoints, one folder each, written whole or not at all.
         checkpoint_every: optimiser steps between checkpoints, the last of which is that of the last
@@ -126,9 +129,15 @@ def fit(
             loss, norm = _step(accelerator, model, optimizer, stream, loss_fn, recipe)
             lazy.append(loss)
             recent.append(loss)
-            done, due = step + 1, (step + 1) % log_every == 0
+            done = step + 1
+            due = done % log_every == 0 or done == recipe.steps
             if log.wanted and due:
-                log.write(step, parallel.mean(torch.stack(recent).mean()), norm, recipe.lr_at(step))
+                log.write(
+                    log_from + step,
+                    parallel.mean(torch.stack(recent).mean()),
+                    norm,
+                    recipe.lr_at(step),
+                )
             if due:
                 recent.clear()
             if stop and due and done < recipe.steps and parallel.any_process(stop(), loss.device):

@@ -49,7 +49,8 @@ class Job:
 
     def path(self, root: Path) -> Path:
         """The run's folder."""
-        name = "-".join(map(str, (self.arm, self.seed, *self.settings.values())))
+        short = [f"first-{self.max_steps}"] if self.max_steps else []  # another schedule
+        name = "-".join(map(str, (self.arm, self.seed, *short, *self.settings.values())))
         return root / (self.folder or Path("runs") / self.chapter / self.scale / name)
 
 
@@ -195,6 +196,7 @@ def train(job: Job, *, progress: Any = None, stop: Callable[[], bool] | None = N
             work=work,
             log_path=folder / "log.jsonl",
             log_every=job.log_every,
+            log_from=sum(earlier.steps for earlier in task.recipes[:stage]),
             tensorboard_dir=folder / "tensorboard" if job.tensorboard else None,
             checkpoint_dir=folder / f"stage-{stage}",
             checkpoint_every=task.checkpoint_every,
