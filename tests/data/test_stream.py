@@ -5,6 +5,9 @@ The rows hold words that occur once, so that a token tells where it was read.
 
 import io
 import itertools
+import random
+import subprocess
+import sys
 from collections import Counter
 
 import pyarrow as pa
@@ -264,6 +267,24 @@ def test_the_state_of_long_rows_is_small(packed, tmp_path):
     assert file.tell() < 4096
 
 
+@pytest.mark.parametrize("files", [1, 6])
+def test_a_process_that_leaves_a_stream_half_read_ends(tmp_path, tokenizer, files):
+    write(tmp_path, [random.randbytes(1000).hex() for _ in range(20_000)], group=100)
+    for i in range(1, files):
+        path = tmp_path / f"slimpajama/train-{i:02d}.parquet"
+        path.hardlink_to(tmp_path / "slimpajama/train-00.parquet")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    code = """
+from tokenizers import Tokenizer
+from gatebook.data.stream import PackedStream
+tokenizer = Tokenizer.from_file("tokenizer.json")
+stream = iter(PackedStream("slimpajama", "train", tokenizer, end_of_text="</s>", length=1,
+                           batch_size=6, shards=6, data_dir="."))
+next(stream)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -313,6 +334,13 @@ def test_files_without_row_groups_are_refused(packed, tmp_path, files):
         packed(data_dir=tmp_path)
 
 
+def test_a_shard_of_files_without_rows_is_refused(packed, tmp_path):
+    path = write(tmp_path, ROWS, files=S) / "slimpajama/train-03.parquet"
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+    with pytest.raises(ValueError, match="files of a shard have no rows: take fewer shards"):
+        next(iter(packed(data_dir=tmp_path)))
+
+
 def test_a_data_set_without_text_is_refused(packed, tmp_path):
     (tmp_path / "cifar10").mkdir()
     pq.write_table(pa.table({"img": [1] * S, "label": [2] * S}), tmp_path / "cifar10/train.parquet")
@@ -323,8 +351,6 @@ def test_a_data_set_without_text_is_refused(packed, tmp_path):
 def test_states_that_do_not_fit_are_refused(packed):
     zero, one = (packed("rows", 2, rank).state_dict() for rank in range(2))
     other = packed("files", 2, 1).state_dict()
-    with pytest.raises(ValueError, match="no states to merge"):
-        PackedStream.merge_states([])
     with pytest.raises(ValueError, match=r"two states hold the shards \[0, 2, 4\]"):
         PackedStream.merge_states([zero, zero])
     with pytest.raises(ValueError, match=r"the states are of .* and of .*'files': 30"):

@@ -58,7 +58,7 @@ def test_a_run_may_move_from_one_process_to_two_and_back(tmp_path, alone, strate
     losses += run(folder, 2, "--steps", "14", "--strategy", strategy, *more)
     losses += run(folder, 1, "--steps", "20", *more)
     assert_close(losses, alone, 1e-6)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000007", "step-00000014"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{n:08d}" for n in (7, 14, 20)]
 
 
 def test_sharding_without_a_launcher_says_what_to_do():
@@ -72,7 +72,7 @@ def test_sharding_without_a_launcher_says_what_to_do():
 def test_blocks_are_the_members_of_module_lists():
     inner = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]), nn.ReLU()])
     model = nn.Sequential(nn.Linear(1, 1), inner)
-    assert parallel.blocks(model) == [inner[1], inner[0][0], inner[0][1]]
+    assert parallel.blocks(model) == [inner[0][0], inner[0][1], inner[1]]
     alone = nn.Linear(1, 1)
     assert parallel.blocks(alone) == [alone]
 

@@ -5,6 +5,7 @@ S virtual shards.
 """
 
 import atexit
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -120,7 +121,7 @@ class PackedStream:
         """Yields inputs and targets, both `[B, T]`, int64.
 
         Raises:
-            ValueError: A row's text is not a string.
+            ValueError: A row's text is not a string, or the files of a shard have no rows.
         """
         samples = self._samples()
         while len(batch := list(islice(samples, self.batch_size))) == self.batch_size:
@@ -153,10 +154,8 @@ class PackedStream:
         """One state from those that all ranks gave after the same step.
 
         Raises:
-            ValueError: No state, states of different streams, or two of the same shard.
+            ValueError: The states are of different streams, or two are of the same shard.
         """
-        if not states:
-            raise ValueError("there are no states to merge")
         merged: dict[str, Any] = {"source": states[0]["source"], "shards": {}}
         for state in states:
             if state["source"] != merged["source"]:
@@ -231,6 +230,8 @@ class _Reader:
                 place = {"at": (epoch, block + 1), "rows": self.rows.state_dict()}
                 yield {(epoch, block): (table["text"], place)}
                 block += 1
+            if block == 0:
+                raise ValueError("the files of a shard have no rows: take fewer shards")
             place = {**self.start, "at": (epoch + 1, 0)}
             yield {(epoch, block): (None, place)}
 
@@ -240,9 +241,11 @@ _readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
 
 @atexit.register
 def _close_readers() -> None:
-    """A process with a half-read Parquet file hangs or aborts in pyarrow's threads at its end."""
-    for reader in _readers:
+    """Closes half-read files: Arrow's threads, still reading, would hang or abort the process."""
+    for reader in (half_read := [reader for reader in _readers if reader.blocks]):
         reader.close()
+    if half_read:
+        time.sleep(2)  # Arrow does not say when its threads are done
 
 
 class _Shard:

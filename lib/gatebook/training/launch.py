@@ -135,27 +135,14 @@ def _launch_several(job: Job, gpus: int, progress: Callable[..., Iterable[int]] 
     task = jobs.build(job, processes=gpus)
     folder = job.path(provenance.root())
     folder.mkdir(parents=True, exist_ok=True)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=gpus,
-        run_id=time.strftime("%Y%m%d-%H%M%S"),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
-    )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logger = logging.getLogger(name)  # it would print what is raised anyway
-        logger.handlers, logger.propagate = [logging.NullHandler()], False
     stop = multiprocessing.get_context("spawn").Event()
     others = set(multiprocessing.active_children())
     # workers inherit the mask: what comes before their handlers are there, waits
     masked = {"initializer": signal.pthread_sigmask, "initargs": (signal.SIG_BLOCK, SIGNALS)}
     with noted(*SIGNALS, again=False) as arrived, ThreadPoolExecutor(1, **masked) as thread:
         log = _lines(folder / "log.jsonl")
-        run = thread.submit(elastic_launch(config, _work), asdict(job), stop)
+        start = elastic_launch(_config(folder / "logs", gpus), _work)
+        run = thread.submit(start, asdict(job), stop)
         try:
             words = Log(None, None, Work(unit=task.unit, per_step=0), main=False)
             steps = range(_steps_done(task, folder), task.steps)
@@ -176,6 +163,24 @@ def _launch_several(job: Job, gpus: int, progress: Callable[..., Iterable[int]] 
             return run.result()[0]
         except ChildFailedError as error:
             raise _first_failure(folder / "logs", error) from None
+
+
+def _config(logs: Path, gpus: int) -> LaunchConfig:
+    """Processes on this host alone, that write to files; their failures are raised, not printed."""
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=gpus,
+        run_id=time.strftime("%Y%m%d-%H%M%S"),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+    )
 
 
 def _lines(path: Path) -> Callable[[], Iterator[dict[str, Any]]]:

@@ -23,7 +23,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     found = [block for parts in lists for part in parts for block in _flat(part)]
     inner = {id(x) for block in found for x in block.modules() if x is not block}
-    return [block for block in found if id(block) not in inner] or [model]
+    return [block for block in dict.fromkeys(found) if id(block) not in inner] or [model]
 
 
 def _flat(part: nn.Module) -> list[nn.Module]:
