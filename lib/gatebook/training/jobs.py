@@ -171,6 +171,8 @@ def train(job: Job, *, progress: Any = None, stop: Callable[[], bool] | None = N
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(job.device)
+    if device == "cuda":  # before data are put on "the" GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     task = build(job, rank=rank, processes=processes, device=device)
     folder = job.path(provenance.root())
     torch.manual_seed(job.seed)
