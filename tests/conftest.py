@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,20 @@ def chapter_fields(**changes: Any) -> dict[str, Any]:
         "scales": {"small": plan, "medium": plan, "full": plan},
         "ambiguities": [],
     } | changes
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait until a condition holds; what it gave."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def logged(folder: str | Path) -> list[float]:
+    """The losses in a job's log, as far as it goes."""
+    from gatebook.training.metrics import logged_losses
+
+    path = Path(folder) / "log.jsonl"
+    return logged_losses(path) if path.is_file() else []

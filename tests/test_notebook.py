@@ -161,7 +161,7 @@ def test_damaged_evidence_of_another_scale_does_not_lose_this_run(
     def damaged(run: gatebook.Run) -> str:
         raise ledger.EvidenceError("medium.json is damaged")
 
-    monkeypatch.setattr("gatebook.notebook._claims_table", damaged)
+    monkeypatch.setattr("gatebook.evidence.claims_table.of_run", damaged)
     with pytest.raises(ledger.EvidenceError, match="damaged"):
         run.claims()
     assert len(written) == 1

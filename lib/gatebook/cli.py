@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,15 @@ def train(slug: str, gpus: int, **options: Any) -> None:
     jobs = _jobs(slug, gpus, options)
     if options["arm"] is None:
         raise click.UsageError(f"train needs --arm: {', '.join(job.arm for job in jobs)}")
+    from gatebook.display import progress
     from gatebook.training import CheckpointError, launch
 
+    _show_price(jobs[0], gpus)
     folder = jobs[0].path(_root())
     click.echo(f"{slug} {jobs[0].arm}: log, checkpoints and weights go to {folder}")
     try:
         with _reported():
-            history = launch.launch(jobs[0], gpus=gpus, progress=_progress)
+            history = launch.launch(jobs[0], gpus=gpus, progress=progress)
     except (CheckpointError, FloatingPointError, ImportError, launch.WorkerError) as error:
         raise click.ClickException(str(error)) from None
     how = "stopped; the same command goes on" if history.stopped else "done"
@@ -215,6 +218,7 @@ def submit(
     where = "local" if local else "slurm"
     size = {"nodes": nodes, "gpus": gpus, "cpus": cpus, "minutes": round(60 * hours)}
     for job in jobs:
+        _show_price(job, nodes * gpus)
         try:
             with _reported():
                 submitted = cluster.submit(job, cluster=where, partition=partition, **size)
@@ -322,14 +326,11 @@ def _jobs(slug: str, processes: int, options: dict[str, Any]) -> list[Any]:
     return jobs
 
 
-def _progress(items: Iterable[int], words: Callable[[], str]) -> Iterator[int]:
-    """tqdm's bar, where there is a terminal."""
-    from tqdm import tqdm
+def _show_price(job: Any, gpus: int) -> None:
+    """Print what a job costs; nothing is timed, so that it starts at once."""
+    from gatebook.training.estimate import estimate
 
-    bar = tqdm(items, leave=False, disable=not sys.stderr.isatty())
-    for item in bar:
-        bar.set_description(words(), refresh=False)
-        yield item
+    click.echo("\n".join(_guard(partial(estimate, job, gpus=gpus, probe=False)).lines()))
 
 
 def _root() -> Path:

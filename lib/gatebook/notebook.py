@@ -5,12 +5,9 @@ them into verdicts by the rules in the chapter's `.yml`.
 """
 
 import ast
-import html
 import inspect
 import os
 import random
-import sys
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gatebook import display
 from gatebook.errors import unknown
 
 PARAMETERS: dict[str, type] = {
@@ -59,21 +57,8 @@ class Run:
         return min(planned, self.max_steps) if self.max_steps else planned
 
     def progress(self, items: Iterable[Any], what: str | Callable[[], str] = "") -> Iterator[Any]:
-        """Iterate with a progress bar that disappears when it is done.
-
-        In a notebook the bar is one display that is rewritten; elsewhere it is tqdm's on stderr.
-
-        Args:
-            items: What to iterate over.
-            what: Words beside the bar, or a function that gives them anew at each item.
-        """
-        if not _in_notebook():
-            from tqdm import tqdm
-
-            bar = tqdm(items, leave=False, disable=not sys.stderr.isatty())
-            yield from _described(bar, what)
-            return
-        yield from _notebook_bar(items, what)
+        """Iterate with a progress bar; see `gatebook.display.progress`."""
+        return display.progress(items, what)
 
     def train(self, arm: str, seed: int, **settings: Any) -> tuple[Any, Any]:
         """Train one arm as a job of its own, on `gpus` processes; it can be stopped and resumed.
@@ -158,10 +143,11 @@ class Run:
 
         Other scales are shown as recorded. Call it once, after the last observation.
         """
-        from gatebook.evidence import ledger
+        from gatebook.evidence import claims_table, ledger
 
         try:
-            _display_html(_claims_table(self))  # first, in case the evidence cannot be written
+            # first, in case the evidence cannot be written
+            display.show_html(claims_table.of_run(self))
         finally:  # even if another scale's evidence cannot be read
             if self.record:
                 path = ledger.write(self.root, self._evidence())
@@ -308,12 +294,13 @@ def price_tag(chapter: Any, scale: str = "full", gpus: int | None = None) -> str
 def show_source(*objects: Callable[..., Any] | type) -> None:
     """Show the code of functions and classes of the library, highlighted, without copying it."""
     code = "\n\n".join(inspect.getsource(item).rstrip() for item in objects)
-    if not _in_notebook():
+    if not display.in_notebook():
         print(code)
         return
-    from IPython.display import Code, display
+    from IPython.display import Code
+    from IPython.display import display as show
 
-    display(Code(code, language="python"))
+    show(Code(code, language="python"))
 
 
 def _checked(name: str, kind: type, variables: dict[str, Any]) -> Any:
@@ -396,119 +383,3 @@ def _banner(run: Run) -> str:
         f"{run.chapter.slug} · scale {run.scale} · seeds {run.seeds[0]}–{run.seeds[-1]}"
         f" · planned for {plan.device}, {minutes}\n{plan.description}"
     )
-
-
-def _in_notebook() -> bool:
-    module = sys.modules.get("IPython")
-    shell = module.get_ipython() if module else None
-    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
-
-
-def _described(bar: Any, what: str | Callable[[], str]) -> Iterator[Any]:
-    """The items of a bar, whose words are brought up to date before each."""
-    for item in bar:
-        bar.set_description(what() if callable(what) else what, refresh=False)
-        yield item
-
-
-def _notebook_bar(items: Iterable[Any], what: str | Callable[[], str]) -> Iterator[Any]:
-    """One HTML display that is rewritten at most five times a second and emptied at the end."""
-    from IPython.display import HTML, display
-    from tqdm import tqdm
-
-    handle = display(HTML(""), display_id=True)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        bar = tqdm(items, file=nowhere, ascii=False, ncols=100)
-        shown = 0.0
-        try:
-            for item in _described(bar, what):
-                yield item
-                if time.monotonic() - shown > 0.2:
-                    shown = time.monotonic()
-                    handle.update(HTML(f"<code>{html.escape(str(bar))}</code>"))
-        finally:
-            handle.update(HTML(""))
-
-
-def _display_html(text: str) -> None:
-    if not _in_notebook():
-        return
-    from IPython.display import HTML, display
-
-    display(HTML(text))
-
-
-def _claims_table(run: Run) -> str:
-    from gatebook.evidence import ledger, provenance, verdicts
-    from gatebook.evidence.schema import SCALES
-
-    others = {
-        scale: ledger.read(run.root, run.chapter.slug, scale)
-        for scale in SCALES
-        if scale != run.scale
-    }
-    now = provenance.hardware_line(provenance.hardware(run.device))
-    rows = []
-    for claim in run.chapter.claims:
-        for scale in SCALES:
-            evidence = others.get(scale)
-            found = (
-                verdicts.claim_outcomes(claim, scale, run.observations)
-                if scale == run.scale
-                else ledger.outcomes(claim, scale, evidence)
-            )
-            where = f"{now}, this run" if scale == run.scale else _where(evidence)
-            rows.append((claim, scale, verdicts.combine(found), found, where))
-    return _table(run.chapter, rows)
-
-
-def _where(evidence: Any) -> str:
-    from gatebook.evidence import provenance
-
-    if evidence is None:
-        return ""
-    data = evidence.data
-    note = f", recorded at commit {data['commit']}, code changed since" if evidence.stale else ""
-    return f"{provenance.hardware_line(data['hardware'])}, {data['date'][:10]}{note}"
-
-
-def _table(chapter: Any, rows: list[tuple[Any, str, str, list[Any], str]]) -> str:
-    from gatebook.evidence import ledger
-
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ("claim", "scale", "verdict", "ours [95 % interval], seeds, rule", "where")
-    )
-    body = []
-    for claim, scale, verdict, found, where in rows:
-        if scale == "small":
-            text = html.escape(f"{claim.id} ({claim.where}): {claim.statement}")
-            paper = html.escape(claim.paper)
-            body.append(
-                f'<tr class="gb-claim"><th colspan="5" scope="rowgroup" style="text-align:left">'
-                f"{text}<br><small>paper: {paper}</small></th></tr>"
-            )
-        if all(item.verdict == "not run" for item in found):
-            ours = html.escape(ledger.why_not_run(chapter, claim, scale))
-            where = ""
-        else:
-            ours = "<br>".join(html.escape(_line(item)) for item in found)
-        key = verdict.replace(" ", "-")
-        body.append(
-            f'<tr><td>{claim.id}</td><td>{scale}</td><td><span class="gb-verdict gb-{key}">'
-            f'{verdict}</span></td><td style="text-align:left">{ours}</td><td>{where}</td></tr>'
-        )
-    return (
-        f'<table class="gb-claims"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
-
-
-def _line(outcome: Any) -> str:
-    from gatebook.evidence import ledger
-
-    text = f"{ledger.ours(outcome)} {ledger.interval_text(outcome)}"
-    if outcome.test.direction != "equal":
-        text += f", {outcome.seeds} seed(s)"
-    note = f" — {outcome.note}" if outcome.note and outcome.estimate is not None else ""
-    return f"{outcome.verdict}: {text}; rule: {outcome.rule}{note}"

@@ -7,16 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gatebook.models import gam
-from gatebook.models.gam import GAM, GAMConfig, GAMLanguageModel, MambaConfig, TransformerConfig
+from gatebook.models import gam, gam_baselines
+from gatebook.models.gam import GAM, GAMConfig, GAMLanguageModel
+from gatebook.models.gam_baselines import MambaConfig, TransformerConfig
 
 SMALL = GAMConfig(
     vocab_size=16, context=40, d_model=12, n_layers=6, n_slots=10, dropout=0.0, init="small"
 )
 
+MODELS = gam.MODELS | gam_baselines.MODELS
+
 
 def build(name, **overrides):
-    cls, config = gam.MODELS[name]
+    cls, config = MODELS[name]
     with torch.device("meta"):
         return cls(dataclasses.replace(config, **overrides))
 
@@ -173,10 +176,10 @@ def test_local_gate_closed_is_a_per_token_network():
 # Causality and reach
 
 
-@pytest.mark.parametrize("name", list(gam.MODELS))
+@pytest.mark.parametrize("name", list(MODELS))
 def test_changing_a_token_leaves_earlier_outputs_bit_identical(name):
     torch.manual_seed(2)
-    cls, config = gam.MODELS[name]
+    cls, config = MODELS[name]
     model = cls(dataclasses.replace(config, vocab_size=50, context=24, d_model=32, n_layers=2))
     model.eval()
     tokens = torch.randint(50, (2, 24))
@@ -305,8 +308,8 @@ def test_lag_reader_keeps_the_receptive_field():
 def test_materialised_attention_equals_the_fused_kernel():
     torch.manual_seed(4)
     config = TransformerConfig(vocab_size=16, context=40, d_model=32, n_layers=2, dropout=0.0)
-    fused = gam.Transformer(config).double()
-    written = gam.Transformer(dataclasses.replace(config, materialise=True)).double()
+    fused = gam_baselines.Transformer(config).double()
+    written = gam_baselines.Transformer(dataclasses.replace(config, materialise=True)).double()
     written.load_state_dict(fused.state_dict())
     tokens = torch.randint(16, (2, 40))
     assert torch.allclose(fused(tokens), written(tokens), rtol=0, atol=1e-12)
@@ -318,7 +321,7 @@ def test_selective_scan_equals_the_unrolled_sum():
     x, dt = torch.randn(1, length, inner), torch.rand(1, length, inner)
     a, b, c = -torch.rand(inner, state), *torch.randn(2, 1, length, state)
     x, dt, a, b, c = (tensor.double() for tensor in (x, dt, a, b, c))
-    got = gam.selective_scan(x, dt, a, b, c)
+    got = gam_baselines.selective_scan(x, dt, a, b, c)
     for t in range(length):
         expected = torch.zeros(inner, dtype=torch.double)
         for s in range(t + 1):
@@ -329,7 +332,7 @@ def test_selective_scan_equals_the_unrolled_sum():
 
 def test_mamba_step_sizes_start_log_uniform_in_the_published_range():
     torch.manual_seed(6)
-    layer = gam.MambaLayer(MambaConfig())
+    layer = gam_baselines.MambaLayer(MambaConfig())
     dt = F.softplus(layer.dt_proj.bias)
     assert 1e-3 * 0.99 < dt.min() < 1.2e-3
     assert 0.09 < dt.max() < 0.1 * 1.01

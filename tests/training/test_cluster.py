@@ -1,12 +1,9 @@
 """Jobs through submitit: what Slurm is asked for, signals, the queue."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,9 @@ import pytest
 import submitit
 from click.testing import CliRunner
 
+from conftest import logged, wait_for
 from gatebook.cli import main
 from gatebook.training.cluster import how_to_follow, submit
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return found
-
-
-def logged(folder: str) -> list[float]:
-    """Losses, by the last line of each step."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return list({line["step"]: line["loss"] for line in map(json.loads, lines)}.values())
 
 
 def call(*words: str) -> Any:

@@ -144,6 +144,38 @@ def test_log_has_one_line_a_step(tmp_path: Path) -> None:
     assert lines[0]["grad_norm"] > 0
 
 
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = _fit(5, tensorboard_dir=tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == list(range(5))
+    assert [event.value for event in scalars] == pytest.approx(history.loss, rel=1e-6)
+    assert {"loss", "lr", "grad_norm", "seconds"} == set(events.Tags()["scalars"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_to_the_same_losses() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + torch.nn.functional.gelu(block(x))
+            return x
+
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = Deep()
+        losses.append(_fit(10, model, compile=compile).loss)
+        assert all((block._compiled_call_impl is not None) == compile for block in model.blocks)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_bf16_autocast_trains() -> None:
     history = _fit(60, recipe={"precision": "bf16"})
     assert history.loss[-1] < 0.3 * history.loss[0]

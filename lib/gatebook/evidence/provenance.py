@@ -23,6 +23,7 @@ from typing import Any
 PRESENTATION = (
     "gatebook.book",
     "gatebook.cli",
+    "gatebook.display",
     "gatebook.errors",
     "gatebook.evidence",
     "gatebook.gates",

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from gatebook.errors import unknown
 from gatebook.training import parallel
 from gatebook.training.fit import History, fit
-from gatebook.training.metrics import Work, peak_tflops
+from gatebook.training.metrics import Work, logged_losses, peak_tflops
 from gatebook.training.recipe import Recipe
 
 
@@ -163,6 +163,8 @@ def train(job: Job, *, progress: Any = None, stop: Callable[[], bool] | None = N
         progress: As for `fit`.
         stop: As for `fit`: a run that is asked to stop can be resumed.
 
+    A run that had ended takes no further step, and its weights are written again.
+
     Returns:
         Losses of the steps of this call.
     """
@@ -216,7 +218,8 @@ def train(job: Job, *, progress: Any = None, stop: Callable[[], bool] | None = N
         final = task.model()
         final.load_state_dict(state)
         models.save(final, folder / "weights", name=task.name)
-        result = {"job": asdict(job), "loss": history.loss, "seconds": history.seconds}
+        losses = logged_losses(folder / "log.jsonl")  # of earlier calls, too
+        result = {"job": asdict(job), "loss": losses, "log_every": job.log_every}
         (folder / "result.json").write_text(json.dumps(result))
     return history
 

@@ -1,4 +1,4 @@
-"""Gated linear attention on a GPU: the Triton kernels that `fused.py` launches.
+"""Gated linear attention on a GPU: the Triton kernels that `launches.py` starts.
 
     prepare    each chunk: Q ⊙ Λ, K ⊙ Γ, γ and the scores P ⊙ M
     sweep      chunk after chunk: O = P V + (Q ⊙ Λ) S, then S ← γ ⊙ S + (K ⊙ Γ)ᵀ V, S in registers
