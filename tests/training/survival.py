@@ -38,17 +38,17 @@ def forked(work: Callable[[], object], out: Path, killed_after: float = 0.0) -> 
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        status = 1
+        found, status = {}, 1
         try:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always")
-                result = work()
-            said = [str(w.message) for w in heard if "checkpoint" in str(w.message)]
-            out.write_text(json.dumps({"result": result, "said": said}))
+                found["result"] = work()
             status = 0
         except BaseException as error:
-            out.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            found["error"] = f"{type(error).__name__}: {error}"
         finally:
+            found["said"] = [str(w.message) for w in heard if "checkpoint" in str(w.message)]
+            out.write_text(json.dumps(found))
             os._exit(status)
     if killed_after:
         time.sleep(killed_after)
@@ -104,14 +104,15 @@ def full_disk(limit: int) -> None:
 
 def damage(trials: int, at: Path, whole: list[float]) -> None:
     """The newest checkpoint truncated or with a wrong bit, or a disk that fills while it is
-    written; in turn."""
+    written; in turn. Then the run is resumed, with room on the disk."""
     made = at / "made"
     forked(lambda: worker.train(made, 20, checkpoint_every=10), at / "out.json")
     for trial in range(trials):
         rng, folder, out = random.Random(trial), at / f"damage-{trial}", at / "out.json"
         kind = ("truncated", "flipped", "full")[trial % 3]
         shutil.copytree(made, folder)
-        if kind == "full":  # resumes from step 20, cannot write step 30
+        filled: dict = {}
+        if kind == "full":  # neither step 30 nor the last, 35, can be written
             size = max(p.stat().st_size for p in (folder / "step-00000020").iterdir())
             limit = rng.randrange(1, size)
 
@@ -119,27 +120,27 @@ def damage(trials: int, at: Path, whole: list[float]) -> None:
                 full_disk(limit)
                 return worker.train(folder, 35, resume=True, checkpoint_every=10)
 
-            first, last, older = 20, 35, [10, 20]
+            forked(work, out)
+            filled = json.loads(out.read_text())
         else:
             files = sorted((folder / "step-00000020").iterdir())
             (truncate if kind == "truncated" else flip)(rng.choice(files), rng)
-
-            def work(folder: Path = folder) -> list[float]:
-                return worker.train(folder, 30, resume=True)
-
-            first, last, older = 10, 30, [10, 20]
-        forked(work, out)
+        left, partial = steps_in(folder), list(folder.glob("*.partial"))
+        first = 20 if kind == "full" else 10
+        forked(lambda f=folder, n=first + 20: worker.train(f, n, resume=True), out)
         found = json.loads(out.read_text())
         print(
             json.dumps(
                 {
                     "kind": kind,
+                    "error_when_full": filled.get("error"),
+                    "said_when_full": filled.get("said"),
                     "error": found.get("error"),
-                    "bit_equal": found.get("result") == whole[first:last],
+                    "bit_equal": found.get("result") == whole[first : first + 20],
                     "said": found.get("said"),
-                    "older_kept": steps_in(folder) == older,
+                    "older_kept": left == [10, 20],
                     "older_whole": checkpoint.damage(folder / "step-00000010") is None,
-                    "partial_left": bool(list(folder.glob("*.partial"))),
+                    "partial_left": bool(partial),
                 }
             ),
             flush=True,

@@ -10,7 +10,6 @@ from gatebook.training.jobs import Job
 
 HEAD = (
     "run",
-    "parameters [M]",
     "work",
     "GPU-hours",
     "memory [GiB]",
@@ -40,7 +39,6 @@ def _rows(chapter: Any) -> list[tuple[str, ...]]:
     rows = [
         (
             f"{chapter.slug}, {price.job.arm}",
-            number(price.parameters / 1e6),
             f"{estimate.big(price.units)} {price.unit}",
             number(price.gpu_hours),
             number(price.memory["plain"]),
@@ -51,4 +49,4 @@ def _rows(chapter: Any) -> list[tuple[str, ...]]:
     ]
     if rows or not plan.gpu_hours:
         return rows
-    return [(chapter.slug, "–", "–", f"{number(plan.gpu_hours)} *", "–", "–", data)]
+    return [(chapter.slug, "–", f"{number(plan.gpu_hours)} *", "–", "–", data)]
