@@ -34,5 +34,32 @@ def test_fewer_keys_than_queries_without_mask():
 @pytest.mark.parametrize("attention", [softmax_attention, naive_softmax_attention])
 def test_causal_with_unequal_lengths_raises(attention):
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 7, 1, 8)
-    with pytest.raises(ValueError, match="as many keys as queries; got 7 and 4"):
+    with pytest.raises(ValueError, match="got 7 keys, 4 queries and past=0"):
         attention(q, k, k, causal=True)
+
+
+@pytest.mark.parametrize("attention", [softmax_attention, naive_softmax_attention])
+def test_heads_that_do_not_divide_raise(attention):
+    with pytest.raises(ValueError, match="2 key heads do not divide 3 query heads"):
+        attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 4, 2, 8))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_queries_after_others_see_what_they_would_in_one_call(length, groups):
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 12, 4, 8, generator=gen, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 12, groups, 8, generator=gen, dtype=torch.float64)
+    whole = naive_softmax_attention(q, k, v, causal=True)
+    late = softmax_attention(q[:, -length:], k, v, causal=True, past=12 - length)
+    torch.testing.assert_close(late, whole[:, -length:])
+    torch.testing.assert_close(softmax_attention(q, k, v, causal=True), whole)
+
+
+def test_groups_are_contiguous():
+    """Query heads 0 and 1 read key head 0, as if it stood there twice."""
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 6, 4, 8, generator=gen)
+    k, v = torch.randn(2, 1, 6, 2, 8, generator=gen)
+    written_out = softmax_attention(q, k[:, :, [0, 0, 1, 1]], v[:, :, [0, 0, 1, 1]], causal=True)
+    torch.testing.assert_close(softmax_attention(q, k, v, causal=True), written_out)

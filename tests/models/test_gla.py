@@ -9,16 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gatebook import measure, models
-from gatebook.models.gla import (
-    GLA,
-    Attention,
-    Block,
-    GLAConfig,
-    GLALanguageModel,
-    LogGate,
-    SwiGLU,
-    rotate,
-)
+from gatebook.models.gla import GLA, GLAConfig, GLALanguageModel, LogGate
 
 SMALL = GLAConfig(vocab_size=11, d_model=16, n_layers=2, n_heads=2, d_ff=32, chunk_size=8)
 GATES = ("none", "fixed", "scalar", "vector")
@@ -47,10 +38,10 @@ def test_parameters_are_those_of_flash_linear_attention(name, whole, without_emb
 def test_layer_parameters_at_width_1024():
     config = models.config("gla_340m")
     with torch.device("meta"):
-        layer, ffn = GLA(config), SwiGLU(1024, 2816)
-        block = Block(config)
+        layer = GLA(config)
+        block = models.create("gla_340m", n_layers=1).blocks[0]
     assert measure.parameters(layer) == 4_219_648
-    assert measure.parameters(ffn) == measure.parameters(block.ffn) == 8_650_752
+    assert measure.parameters(block.ffn) == 8_650_752
     assert measure.parameters(layer) == pytest.approx(4 * 1024**2, rel=0.01)
 
 
@@ -162,24 +153,9 @@ def test_norm_is_taken_head_by_head():
     torch.testing.assert_close(layer(x)[0], before, atol=1e-10, rtol=0)
 
 
-def test_block_adds_the_feed_forward_to_what_the_mixer_gave():
-    torch.manual_seed(0)
-    block = Block(SMALL).double()
-    x = torch.randn(1, 5, 16, dtype=torch.float64)
-    y = x + block.mixer(block.mixer_norm(x))[0]
-    torch.testing.assert_close(block(x)[0], y + block.ffn(block.ffn_norm(y)))
-
-
-def test_feed_forward_width_follows_the_paper():
-    for d_model, hidden in ((1024, 2816), (2048, 5632), (64, 256)):
-        with torch.device("meta"):
-            block = Block(dataclasses.replace(SMALL, d_model=d_model, d_ff=0))
-        assert block.ffn.up.out_features == hidden
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_segments_with_carried_states_equal_the_whole(gate):
-    model, x = small(gate=gate), tokens()
+@pytest.mark.parametrize("changes", [{"gate": g} for g in GATES] + [{"mixer": "attention"}])
+def test_segments_with_carried_states_equal_the_whole(changes):
+    model, x = small(**changes), tokens()
     first, states = model.continue_from(x[:, :7], None)
     second, _ = model.continue_from(x[:, 7:], states)
     torch.testing.assert_close(torch.cat([first, second], 1), model(x), atol=1e-10, rtol=0)
@@ -215,21 +191,3 @@ def test_initial_weights_have_the_configured_spread():
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.blocks[0].mixer.log_gate.up.bias.abs().max() == 0
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 9, 1, 8)
-    turned_q, turned_k = rotate(q, 10_000.0), rotate(k, 10_000.0)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
-    scores = torch.einsum("bihd,bjhd->ij", turned_q, turned_k)
-    for lag in range(9):
-        diagonal = scores.diagonal(lag)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
-    assert scores[0].std() > 0.01
-
-
-def test_attention_refuses_a_carried_state():
-    layer = Attention(SMALL)
-    with pytest.raises(ValueError, match="carries no state"):
-        layer(torch.randn(1, 3, 16), torch.zeros(1))

@@ -3,10 +3,11 @@
 Read in the paper: §4.1 to §4.4 and the configurations of §5. From the released code: the factor
 d_k'^(-1/2) on the queries, the residual of the second sub-layer, RMSNorm as the norm of each head.
 
-    GLALanguageModel   embedding, n blocks, norm, linear head; no position code
-    Block              x + mixer(norm(x)), then x + SwiGLU(norm(x))
     GLA                the paper's layer, with any of the four gates of its ablation (Table 4)
-    Attention          the mixer of its baseline, Transformer++: softmax attention with RoPE
+    GLALanguageModel   embedding, n blocks, norm, linear head; no position code. Its baseline,
+                       Transformer++, has softmax attention with RoPE for a mixer
+
+Decoder, block, SwiGLU and attention are shared with other chapters: `gatebook.layers.language`.
 
 Shapes: B batch, T tokens, D model width, H heads, K key channels and V value channels of a head,
 F hidden width of the feed-forward network, N vocabulary. S: state of a layer `[B, H, K, V]`.
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatebook.kernels import gla, softmax_attention
+from gatebook.kernels import gla
+from gatebook.layers.language import Attention, Decoder
 
 Gate = Literal["none", "fixed", "scalar", "vector"]
 
@@ -135,117 +137,28 @@ class GLA(nn.Module):
         return self.out(F.silu(self.output_gate(x)) * self.norm(o).flatten(-2)), state
 
 
-class Attention(nn.Module):
-    """Causal softmax attention with rotary positions, the mixer of Transformer++ (LLaMA's)."""
+class GLALanguageModel(Decoder):
+    """Embedding, blocks, norm and an untied linear head, with one mixer in all blocks.
 
-    def __init__(self, config: GLAConfig) -> None:
-        super().__init__()
-        self.n_heads, self.base = config.n_heads, config.rope_base
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """`[B, T, D]` to the same shape; it carries no state from segment to segment."""
-        if state is not None:
-            raise ValueError("the attention mixer carries no state: give it the whole sequence")
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, T, H, D/H)
-        if self.base:
-            q, k = rotate(q, self.base), rotate(k, self.base)
-        return self.out(softmax_attention(q, k, v, causal=True).flatten(-2)), None
-
-
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary positions (Su et al. 2021): channels i and i + D/2 of token t turn by t base^(-2i/D).
-
-    Args:
-        x: `[B, T, H, D]`, D even.
-        base: The largest period is about 2π base tokens.
-
-    Returns:
-        The rotated `[B, T, H, D]`, in the type of x.
+    The text of §4.4 prints + X twice in the block; `Block` adds the feed-forward network to Y.
     """
-    half = x.shape[-1] // 2
-    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1) * rate  # (T, 1, D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-class SwiGLU(nn.Module):
-    """The feed-forward network (SiLU(x W_1) ⊙ x W_2) W_3, without biases."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nn.Module):
-    """Y = X + mixer(norm(X)); X' = Y + SwiGLU(norm(Y)). The text prints + X twice; see §4.4."""
 
     def __init__(self, config: GLAConfig) -> None:
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = GLA(config) if config.mixer == "gla" else Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        d_ff = config.d_ff or 256 * -(-8 * config.d_model // (3 * 256))
-        self.ffn = SwiGLU(config.d_model, d_ff)
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[B, T, D]` and the mixer's state to the same."""
-        mixed, state = self.mixer(self.mixer_norm(x), state)
-        x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), state
-
-
-class GLALanguageModel(nn.Module):
-    """Embedding, blocks, norm and an untied linear head."""
-
-    def __init__(self, config: GLAConfig) -> None:
-        super().__init__()
+        super().__init__(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            mixers=[self._mixer(config) for _ in range(config.n_layers)],
+            d_ff=config.d_ff,
+            norm_eps=config.norm_eps,
+            init_std=config.init_std,
+        )
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(self._init)
 
-    def _init(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids `[B, T]` to logits `[B, T, N]`."""
-        return self.continue_from(tokens, None)[0]
-
-    def continue_from(
-        self, tokens: Tensor, states: list[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits for tokens that follow others, from the layers' states instead of those tokens.
-
-        Args:
-            tokens: Token ids `[B, T]`.
-            states: What the call on the tokens before returned; None at the start.
-
-        Returns:
-            Logits `[B, T, N]` and a state `[B, H, K, V]` for each layer. Detach the states to
-            train on segments of a long sequence, as the paper does for 24K tokens.
-        """
-        x = self.embedding(tokens)  # (B, T, D)
-        states = states or [None] * len(self.blocks)
-        after = []
-        for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, state)
-            after.append(state)
-        return self.head(self.norm(x)), after
+    @staticmethod
+    def _mixer(config: GLAConfig) -> nn.Module:
+        if config.mixer == "gla":
+            return GLA(config)
+        return Attention(config.d_model, config.n_heads, rope_base=config.rope_base)
 
 
 MODELS = {
