@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gatebook.kernels.gated_linear_attention import checks
+from gatebook.kernels import checks
 from gatebook.kernels.gated_linear_attention.chunked import chunked_gla
 from gatebook.kernels.gated_linear_attention.naive import (
     factorised_gla,

@@ -1,4 +1,4 @@
-"""What the gated-linear-attention functions accept; each check raises a ValueError that says it.
+"""What the operators of linear attention accept; each check raises a ValueError that says it.
 
 Shapes: B batch, T tokens, H heads, K key channels, V value channels, N sequences (B, unless they
 are packed along T). Only `host_offsets` reads numbers back from the device.
