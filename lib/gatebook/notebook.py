@@ -50,6 +50,7 @@ class Run:
         self.seeds = [self.plan.seeds * self.seed + i for i in range(self.plan.seeds)]
         self.device = _pick_device(parameters["device"])
         self.observations: dict[str, dict[str, dict[str, float]]] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
         _seed_everything(self.seed)
 
     def steps(self, planned: int) -> int:
@@ -129,6 +130,28 @@ class Run:
             "-" if seed is None else str(seed)
         ] = float(value)
 
+    def keep(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Keep a table with the evidence, for figures of numbers that no test uses.
+
+        Args:
+            name: of the table.
+            rows: numbers and words by column.
+        """
+        self.tables[name] = rows
+
+    def kept(self, scale: str, name: str) -> list[dict[str, Any]]:
+        """A table of this run or, for another scale, of the recorded one; empty if there is none.
+
+        Raises:
+            EvidenceError: the recorded evidence is damaged.
+        """
+        from gatebook.evidence import ledger
+
+        if scale == self.scale:
+            return self.tables.get(name, [])
+        evidence = ledger.read(self.root, self.chapter.slug, scale)
+        return evidence.data.get("tables", {}).get(name, []) if evidence else []
+
     def outcomes(self) -> dict[str, list[Any]]:
         """Claim id → outcomes of its tests at this scale, by the declared rules."""
         from gatebook.evidence import verdicts
@@ -176,6 +199,7 @@ class Run:
                 for item in items
             },
             "observations": self.observations,
+            **({"tables": self.tables} if self.tables else {}),
             "settings": self.plan.settings,
             "command": self._command(),
             "commit": provenance.git_commit(self.root),

@@ -8,7 +8,7 @@ from string import Template
 
 import yaml
 
-from gatebook.book.papers import Paper, papers
+from gatebook.book.papers import Paper, entries, papers
 
 PLACEHOLDER = "FILL IN"
 
@@ -119,7 +119,7 @@ def _add_to_toc(root: Path, fields: dict[str, str]) -> str:
 
 def _place(entry: dict[str, str]) -> int:
     """Where a chapter stands in the reading order; papers that are not listed come last."""
-    order = [f"chapters/{paper.slug}" for paper in papers()]
+    order = [f"chapters/{entry.slug}" for entry in entries()]
     return order.index(entry["file"]) if entry["file"] in order else len(order)
 
 

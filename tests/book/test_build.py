@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gatebook.book.papers import papers
+from gatebook.book.papers import entries, papers
 from gatebook.book.sphinxext import escape_markup, public_modules
 from gatebook.evidence import ledger
 
@@ -47,7 +47,7 @@ def test_table_of_contents_follows_the_reading_order() -> None:
         for entry in part["chapters"]
         if entry["file"].startswith("chapters/")
     ]
-    order = [(paper.part, paper.slug) for paper in papers()]
+    order = [(entry.part, entry.slug) for entry in entries()]
     assert listed == [entry for entry in order if entry in listed]
 
 

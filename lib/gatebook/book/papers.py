@@ -1,4 +1,4 @@
-"""The papers of the book, in reading order, whether or not their chapter is written yet."""
+"""The papers of the book and its comparisons across them, in reading order, written or not yet."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,25 +14,27 @@ class Paper:
     Attributes:
         slug: Name of its chapter: ``chapters/SLUG.ipynb`` and ``chapters/SLUG.yml``.
         title: Title of the paper.
-        arxiv: arXiv identifier, without version.
+        arxiv: arXiv identifier, without version; empty for a comparison of the book's own.
         part: The book's part that it belongs to.
         thin: True if the paper's body could not be read.
     """
 
     slug: str
     title: str
-    arxiv: str
     part: str
+    arxiv: str = ""
     thin: bool = False
 
 
 @cache
 def papers() -> tuple[Paper, ...]:
-    """All papers, in reading order.
+    """All papers, in reading order, from ``papers.yml`` beside this module."""
+    return tuple(entry for entry in entries() if entry.arxiv)
 
-    Returns:
-        The papers listed in ``papers.yml``, which lies beside this module.
-    """
+
+@cache
+def entries() -> tuple[Paper, ...]:
+    """The papers and the comparisons."""
     text = resources.files(__package__).joinpath("papers.yml").read_text("utf-8")
     return tuple(
         Paper(part=part["part"], **paper)

@@ -102,8 +102,10 @@ def _link(href: str, text: str) -> str:
     return f'<a href="{escape(href)}">{escape(text)}</a>'
 
 
-def arxiv_link(arxiv: str) -> str:
-    """A link to the paper."""
+def arxiv_link(arxiv: str | None) -> str:
+    """A link to the paper, if there is one."""
+    if not arxiv:
+        return ""
     return _link(f"https://arxiv.org/abs/{arxiv}", f"arXiv:{arxiv}")
 
 
@@ -111,14 +113,14 @@ def arxiv_link(arxiv: str) -> str:
 
 
 def badge(
-    lines: Sequence[ClaimLine], *, scoreboard: str, arxiv: str, code: Sequence[str] = ()
+    lines: Sequence[ClaimLine], *, scoreboard: str, arxiv: str | None, code: Sequence[str] = ()
 ) -> str:
     """The box under a chapter's title: each claim's verdict at each scale.
 
     Args:
         lines: The chapter's claims.
         scoreboard: Address of the scoreboard, relative to the chapter.
-        arxiv: The paper's arXiv identifier.
+        arxiv: The paper's arXiv identifier; None for a comparison of the book's own.
         code: Addresses of the code that the authors published.
 
     Returns:

@@ -21,7 +21,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
 from gatebook.book import kernels, render
-from gatebook.book.papers import papers
+from gatebook.book.papers import entries, papers
 from gatebook.errors import unknown
 from gatebook.evidence import ledger
 from gatebook.measure import records
@@ -283,7 +283,7 @@ def _chapter_links(app: Sphinx, docname: str) -> Any:
 
 def _scoreboard(app: Sphinx, docname: str) -> str:
     links = _chapter_links(app, docname)
-    return render.scoreboard(papers(), _claims(app), chapter_link=links, tsv=TSV)
+    return render.scoreboard(entries(), _claims(app), chapter_link=links, tsv=TSV)
 
 
 def _summary(app: Sphinx, docname: str) -> str:

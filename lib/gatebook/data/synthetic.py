@@ -1,5 +1,6 @@
 """Generated tasks whose answers, chance levels or entropies are known exactly."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -182,3 +183,111 @@ def lag_copy_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     asked = targets != IGNORE
     right = (logits.argmax(-1) == targets) & asked
     return right.sum((0, 1)), asked.sum((0, 1))
+
+
+def associative_recall(
+    n: int,
+    length: int,
+    pairs: int,
+    n_keys: int,
+    n_values: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then queries.
+
+    The first 2 P tokens are P different keys, each followed by a value. Every key then comes once
+    more, in random order and at random places; there the model has to answer with its value. All
+    other places hold the filler.
+
+    Tokens: 0 filler; 1..n_keys keys; then n_values values.
+
+    Args:
+        n: Number of sequences.
+        length: Tokens in each, T; at least 3 P.
+        pairs: P, at most n_keys.
+        n_keys: Different keys.
+        n_values: Different values.
+        generator: Source of every random number.
+
+    Returns:
+        Tokens `[n, T]` and targets `[n, T]`: the token of the value at a query, else `IGNORE`.
+
+    Raises:
+        ValueError: The sequence is too short, or the keys are too few.
+    """
+    if length < 3 * pairs or not 1 <= pairs <= n_keys:
+        raise ValueError(
+            f"{pairs} pairs need at least {3 * pairs} tokens and {pairs} keys; got {length} and "
+            f"{n_keys}"
+        )
+    keys = 1 + torch.rand(n, n_keys, generator=generator).argsort(-1)[:, :pairs]
+    values = 1 + n_keys + torch.randint(n_values, (n, pairs), generator=generator)
+    places = torch.rand(n, length - 2 * pairs, generator=generator).argsort(-1)[:, :pairs]
+    places = places + 2 * pairs
+    tokens = torch.zeros(n, length, dtype=torch.long)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    tokens.scatter_(1, places, keys)
+    targets = torch.full((n, length), IGNORE).scatter_(1, places, values)
+    return tokens, targets
+
+
+def copying(
+    n: int, length: int, n_symbols: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random symbols, a mark, and the same symbols again.
+
+    Tokens: 0..n_symbols − 1 symbols; n_symbols the mark. The input after the mark is the copy so
+    far, so that the model predicts each symbol from all before it.
+
+    Args:
+        n: Number of sequences.
+        length: Symbols to copy, L.
+        n_symbols: Different symbols.
+        generator: Source of every random number.
+
+    Returns:
+        Tokens `[n, 2 L]` and targets `[n, 2 L]`: the symbols at the mark and after it, before it
+        `IGNORE`.
+    """
+    symbols = torch.randint(n_symbols, (n, length), generator=generator)
+    mark = torch.full((n, 1), n_symbols)
+    tokens = torch.cat([symbols, mark, symbols[:, :-1]], 1)
+    return tokens, torch.cat([torch.full_like(symbols, IGNORE), symbols], 1)
+
+
+def group_table(name: str) -> Tensor:
+    """The multiplication table `[G, G]` of a group: "parity" (two elements) or "s3" (six).
+
+    Entry (a, b) is the number of a·b, which applies a first and then b; 0 is the identity.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in ("parity", "s3"):
+        raise ValueError(f"the groups are parity and s3; got {name!r}")
+    elements = list(itertools.permutations(range(2 if name == "parity" else 3)))
+    number = {element: i for i, element in enumerate(elements)}
+    return torch.tensor([[number[tuple(b[i] for i in a)] for b in elements] for a in elements])
+
+
+def group_words(
+    n: int, length: int, group: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The word problem of a group: after each element, what is the product of all so far?
+
+    Args:
+        n: Number of sequences.
+        length: Elements in each, T.
+        group: As in `group_table`.
+        generator: Source of every random number.
+
+    Returns:
+        Elements `[n, T]` and products `[n, T]`, both by number.
+    """
+    table = group_table(group)
+    tokens = torch.randint(len(table), (n, length), generator=generator)
+    product, products = torch.zeros(n, dtype=torch.long), []
+    for t in range(length):
+        product = table[product, tokens[:, t]]
+        products.append(product)
+    return tokens, torch.stack(products, 1)

@@ -113,7 +113,7 @@ class Chapter(_Strict):
     title: str
     authors: list[str] = Field(min_length=1)
     year: int
-    arxiv: str = Field(pattern=r"^\d{4}\.\d{4,5}$")
+    arxiv: str | None = Field(default=None, pattern=r"^\d{4}\.\d{4,5}$")
     venue: str
     code: list[str]
     part: str

@@ -111,6 +111,25 @@ class ShortConv(nn.Module):
         return sum(tap * padded[:, i : i + length] for i, tap in enumerate(taps))
 
 
+class Convolved(nn.Module):
+    """A mixer that sees its input after a causal convolution and SiLU.
+
+    A control: it gives every mixer the short memory that some, such as the delta rules, have as
+    published, so that what is left between them is not that memory.
+    """
+
+    def __init__(self, mixer: nn.Module, d_model: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.mixer = ShortConv(d_model, width), mixer
+
+    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        """`[B, T, D]` to the same; the state is the convolution's and the mixer's."""
+        rows, past = state or (None, None)
+        y, rows = self.conv(x, rows)
+        y, past = self.mixer(F.silu(y), past)
+        return y, (rows, past)
+
+
 class SwiGLU(nn.Module):
     """The feed-forward network (SiLU(x W_1) ⊙ x W_2) W_3, without biases."""
 

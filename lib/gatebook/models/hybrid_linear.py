@@ -19,14 +19,21 @@ All mixers scale q by K^(-1/2), and obey the contract of `gatebook.layers.langua
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatebook.kernels import delta_rule, gla, linear_scan
-from gatebook.layers.language import Attention, Decoder, ShortConv, llama_width, rotate
+from gatebook.layers.language import (
+    Attention,
+    Convolved,
+    Decoder,
+    ShortConv,
+    llama_width,
+    rotate,
+)
 from gatebook.models.gla import GLA, GLAConfig
 
 Linear = Literal["hgrn", "retnet", "gla", "hgrn2", "deltanet", "gated_deltanet"]
@@ -234,22 +241,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Convolved(nn.Module):
-    """A mixer that sees its input after a causal convolution: the chapter's control, which gives
-    every mixer the short memory that only the delta rules have as published."""
-
-    def __init__(self, mixer: nn.Module, d_model: int, width: int) -> None:
-        super().__init__()
-        self.conv, self.mixer = ShortConv(d_model, width), mixer
-
-    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
-        """`[B, T, D]` to the same; the state is the convolution's and the mixer's."""
-        rows, past = state or (None, None)
-        y, rows = self.conv(x, rows)
-        y, past = self.mixer(F.silu(y), past)
-        return y, (rows, past)
-
-
 def linear_mixers(
     name: Linear, d_model: int, n_heads: int, d_key: int, layers: list[int], n_layers: int
 ) -> tuple[list[nn.Module], LowerBounds | None]:
@@ -362,3 +353,23 @@ def _published() -> dict[str, tuple[type, HybridConfig]]:
 
 
 MODELS = _published()
+
+
+def _pure(name: Linear) -> Callable[[Any], list[nn.Module]]:
+    """The mixer alone, for `gatebook.mixers`."""
+
+    def make(sizes: Any) -> list[nn.Module]:
+        layers = list(range(sizes.n_layers))
+        made, bounds = linear_mixers(name, sizes.d_model, sizes.n_heads, 0, layers, sizes.n_layers)
+        if bounds is not None:
+            made[0].add_module("shared_bounds", bounds)  # so that the table is trained
+        return made
+
+    return make
+
+
+MIXERS = {name: _pure(name) for name in get_args(Linear)}
+MIXERS["linear"] = lambda s: [
+    GLA(GLAConfig(d_model=s.d_model, n_layers=1, n_heads=s.n_heads, gate="none"))
+    for _ in range(s.n_layers)
+]

@@ -1,0 +1,221 @@
+"""Train every mixer on every task with the learning rate that suits it, and measure its costs."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatebook import measure
+from gatebook.layers.language import Decoder
+from gatebook.measure.sequence import sequence_loss
+from gatebook.mixers import Make, Sizes, build, read, tasks
+from gatebook.training import Recipe, fit
+
+CHOICE_SEED = 900_001  # of the runs that choose a learning rate; they are not scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One model that is trained and scored, as plain data for another process."""
+
+    mixer: str
+    task: str
+    lr: float
+    seed: int
+    choosing: bool  # whether it chooses the learning rate
+    file: str  # of a mixer that is not the book's
+    data_dir: str
+    device: str
+    settings: dict[str, Any]  # of the task: kind, steps, sizes, recipe, and the kind's own
+
+
+def run_trial(trial: Trial) -> dict[str, float]:
+    """Train a model and score it: see `Task.score`."""
+    own = dict(trial.settings)
+    sizes, recipe, steps = Sizes(**own.pop("sizes")), own.pop("recipe"), own.pop("steps")
+    task = tasks.make(own.pop("kind"), data_dir=trial.data_dir, **own)
+    recipe = Recipe(steps=steps, lr=trial.lr, **recipe)
+    torch.manual_seed(trial.seed)
+    model = build(read(trial.file)[trial.mixer], task.vocab_size, sizes)
+    try:
+        fit(model, task.batches(trial.seed, steps), sequence_loss, recipe, device=trial.device)
+    except FloatingPointError:  # the rate is too high for this mixer
+        return {"loss": float("inf")} | dict.fromkeys(task.tests, float("nan"))
+    return task.score(model, trial.device, recipe.precision)
+
+
+def study(
+    names: list[str],
+    settings: dict[str, dict[str, Any]],
+    rates: list[float],
+    seeds: list[int],
+    *,
+    device: str = "cpu",
+    file: str = "",
+    data_dir: str = "",
+    workers: int = 1,
+    progress: Callable[..., Any] | None = None,
+) -> list[tuple[Trial, dict[str, float]]]:
+    """Every mixer on every task: first each learning rate once, then the best with every seed.
+
+    Args:
+        names: Of the mixers.
+        settings: Of the tasks, by name; see `Trial`.
+        rates: Learning rates that each mixer may choose from, for each task, by the loss on
+            held-out data of a run with a seed of its own.
+        seeds: Of the runs that are scored.
+        device: "cpu" or "cuda".
+        file: Python file with further mixers, or empty.
+        data_dir: Folder with local copies of the texts.
+        workers: Processes that train at once; 1 trains in this one. Small models leave a GPU idle
+            between kernels, so that several share it well.
+        progress: Wraps the trials, such as `run.progress`.
+
+    Returns:
+        All trials, those that chose a rate first, with their scores.
+    """
+    common = {"file": file, "data_dir": data_dir, "device": device}
+    pairs = [(task, name) for task in settings for name in names]
+
+    def trial(task: str, mixer: str, lr: float, seed: int) -> Trial:
+        choosing = seed == CHOICE_SEED
+        own = {"settings": settings[task], "choosing": choosing}
+        return Trial(task=task, mixer=mixer, lr=lr, seed=seed, **own, **common)
+
+    choices = [trial(*pair, lr, CHOICE_SEED) for pair in pairs for lr in rates]
+    with _pool(workers) as pool:
+        scored = _run_all(choices if len(rates) > 1 else [], pool, progress, "learning rates")
+        best = {pair: _best(scored, *pair) if scored else rates[0] for pair in pairs}
+        finals = [trial(*pair, best[pair], seed) for pair in pairs for seed in seeds]
+        return scored + _run_all(finals, pool, progress, "runs")
+
+
+def _pool(workers: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    if workers == 1:
+        return nullcontext()
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # CUDA cannot fork
+
+
+def _best(scored: list[tuple[Trial, dict[str, float]]], task: str, mixer: str) -> float:
+    own = [(s["loss"], t.lr) for t, s in scored if (t.task, t.mixer) == (task, mixer)]
+    return min(own)[1]
+
+
+def _run_all(
+    trials: list[Trial], pool: ProcessPoolExecutor | None, progress: Callable | None, what: str
+) -> list[tuple[Trial, dict[str, float]]]:
+    progress = progress or (lambda items, what: items)
+    if pool is None or not trials:
+        return [(trial, run_trial(trial)) for trial in progress(trials, what)]
+    futures = {pool.submit(run_trial, trial): number for number, trial in enumerate(trials)}
+    done = {}
+    for future in progress(_Sized(as_completed(futures), len(futures)), what):
+        done[futures[future]] = future.result()
+    return [(trial, done[number]) for number, trial in enumerate(trials)]
+
+
+class _Sized:
+    """Items whose number is known before they are, for a progress bar."""
+
+    def __init__(self, items: Iterator, count: int) -> None:
+        self.items, self.count = items, count
+
+    def __iter__(self) -> Iterator:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a mixer costs at one length."""
+
+    length: int  # tokens of a training sequence, or tokens before the one that is decoded
+    train_us: float  # forward and backward pass, microseconds a token; nan where not measured
+    decode_ms: float  # one further token for each sequence of the batch
+    state_bytes: int  # that each sequence keeps between two tokens, all blocks together
+
+
+def costs(
+    make: Make,
+    sizes: Sizes,
+    lengths: list[int],
+    *,
+    vocab_size: int = 256,
+    tokens: int = 2048,
+    decode_batch: int = 1,
+    longest_training: int = 0,
+    device: str = "cpu",
+    precision: str = "fp32",
+    min_seconds: float = 0.05,
+) -> list[Cost]:
+    """Training and decoding of one mixer against length, in the model of the comparison.
+
+    Args:
+        make: Of the mixer.
+        sizes: Of the model.
+        lengths: To measure at.
+        vocab_size: Of the model.
+        tokens: Of a training batch: sequences are as many as fit, at least one.
+        decode_batch: Sequences that are decoded at once.
+        longest_training: Longest sequence that is trained on; 0 for all.
+        device: "cpu" or "cuda".
+        precision: "fp32", or "bf16" for autocast.
+        min_seconds: Of each measurement.
+
+    Raises:
+        ValueError: The mixer returns no state.
+    """
+    model = build(make, vocab_size, sizes).to(device)
+    found = []
+    for length in lengths:
+        train = float("nan")
+        if not longest_training or length <= longest_training:
+            rows = max(1, tokens // length)
+            batch = torch.randint(vocab_size, (rows, length + 1), device=device)
+
+            def step(batch: Tensor = batch) -> None:
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = sequence_loss(model, (batch[:, :-1], batch[:, 1:]))
+                loss.backward()
+                model.zero_grad()
+
+            ms = measure.latency(step, device=device, min_seconds=min_seconds)
+            train = 1000 * ms / (rows * length)
+        decode, size = _decoding(model, length, decode_batch, device, precision, min_seconds)
+        found.append(Cost(length=length, train_us=train, decode_ms=decode, state_bytes=size))
+    return found
+
+
+@torch.no_grad()
+def _decoding(
+    model: Decoder, length: int, batch: int, device: str, precision: str, min_seconds: float
+) -> tuple[float, int]:
+    """Milliseconds for one token after `length` others, and bytes of state a sequence."""
+    prompt = torch.randint(model.embedding.num_embeddings, (batch, length), device=device)
+    last = prompt[:, -1:]
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        states = None
+        for part in prompt.split(1024, 1):  # in parts, so that a cache fits beside the work
+            _, states = model.continue_from(part, states)
+        if any(state is None for state in states):
+            raise ValueError("the mixer returns no state, so that its decoding cannot be timed")
+        size = sum(x.numel() * x.element_size() for x in _tensors(states)) // batch
+        ms = measure.latency(
+            lambda: model.continue_from(last, states), device=device, min_seconds=min_seconds
+        )
+    return ms, size
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, list | tuple):
+        for part in state:
+            yield from _tensors(part)

@@ -1,0 +1,230 @@
+"""What the mixers of the book are compared on: text, recall, copying, and the state of a group.
+
+A task knows how many tokens it has, makes batches for training, and scores a trained model. Its
+`loss` on held-out data is what a learning rate is chosen by.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gatebook.data import synthetic, text
+from gatebook.data.synthetic import IGNORE
+from gatebook.errors import unknown
+
+Batch = tuple[Tensor, Tensor]  # tokens and targets, [B, T] each
+HELD_OUT = 1_000_003  # added to a seed for data that training never sees
+
+
+class Batches:
+    """As many batches as asked for, each drawn when it is needed; every pass is the same."""
+
+    def __init__(self, draw: Callable[[torch.Generator], Batch], count: int, seed: int) -> None:
+        self.draw, self.count, self.seed = draw, count, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields tokens and targets."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.count):
+            yield self.draw(generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to learn.
+
+    Attributes:
+        vocab_size: Number of tokens.
+        batches: Training batches for a seed and a number of steps.
+        tests: Held-out batches for each condition that is scored, such as a number of pairs; the
+            first is that of training.
+        accuracy: Whether the share of right answers is the score; else the loss in nats.
+        late: Score the last quarter of each sequence only, as for lengths beyond those of training.
+    """
+
+    vocab_size: int
+    batches: Callable[[int, int], Any]
+    tests: dict[str, list[Batch]]
+    accuracy: bool
+    late: bool = False
+
+    def score(self, model: nn.Module, device: str, precision: str) -> dict[str, float]:
+        """The held-out loss in nats under "loss", and the score of each condition by its name."""
+        found = {}
+        for name, batches in self.tests.items():
+            loss, right = evaluate(model, batches, device, precision, late=self.late)
+            found.setdefault("loss", loss)
+            found[name] = right if self.accuracy else loss
+        return found
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: list[Batch], device: str, precision: str, *, late: bool = False
+) -> tuple[float, float]:
+    """Mean loss in nats and share of right answers over all targets that count."""
+    model.eval()
+    losses = right = count = 0.0
+    for tokens, targets in batches:
+        tokens, targets = tokens.to(device), targets.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(tokens).float()
+        start = 3 * tokens.shape[1] // 4 if late else 0
+        logits, targets = logits[:, start:].flatten(0, 1), targets[:, start:].flatten()
+        losses += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += (logits.argmax(-1) == targets).sum().item()
+        count += (targets != IGNORE).sum().item()
+    return losses / count, right / count
+
+
+def make(kind: str, *, data_dir: str = "", **settings: Any) -> Task:
+    """A task by kind.
+
+    Args:
+        kind: "text", "recall", "copying", "parity" or "s3".
+        data_dir: Folder with local copies of the texts.
+        settings: Of that kind, see the functions below.
+
+    Raises:
+        ValueError: An unknown kind.
+    """
+    kinds: dict[str, Callable[..., Task]] = {
+        "text": language,
+        "recall": recall,
+        "copying": copying,
+        "parity": group,
+        "s3": group,
+    }
+    if kind not in kinds:
+        raise ValueError(unknown("task", kind, kinds))
+    if kinds[kind] is group:
+        settings["name"] = kind
+    if kinds[kind] is language:
+        settings["data_dir"] = data_dir
+    return kinds[kind](**settings)
+
+
+def language(
+    *, corpus: str, length: int, long: int, batch: int, test_bytes: int, data_dir: str
+) -> Task:
+    """Bytes of a text: loss at the length of training, and on the last quarter of longer windows.
+
+    Args:
+        corpus: As for `gatebook.data.text.byte_text`.
+        length: Tokens of a training window.
+        long: Tokens of the long test windows.
+        batch: Windows in a batch.
+        test_bytes: Held-out bytes that are scored.
+        data_dir: Folder with a local copy.
+    """
+    train = text.byte_text(corpus, "train", data_dir)
+    held_out = text.byte_text(corpus, "validation", data_dir)[: test_bytes + 1].long()
+
+    def windows(size: int) -> list[Batch]:
+        count = (len(held_out) - 1) // size
+        x, y = held_out[: count * size], held_out[1 : count * size + 1]
+        rows = max(1, batch * length // size)
+        return list(zip(x.view(-1, size).split(rows), y.view(-1, size).split(rows), strict=True))
+
+    tests = {"text": windows(length), "text, long": _last_quarter(windows(long))}
+    return Task(
+        vocab_size=256,
+        batches=lambda seed, steps: text.Windows(train, length, batch, steps, seed),
+        tests=tests,
+        accuracy=False,
+    )
+
+
+def _last_quarter(batches: list[Batch]) -> list[Batch]:
+    return [
+        (x, F.pad(y[:, 3 * y.shape[1] // 4 :], (3 * y.shape[1] // 4, 0), value=IGNORE))
+        for x, y in batches
+    ]
+
+
+def recall(
+    *, length: int, pairs: list[int], n_keys: int, n_values: int, batch: int, tests: int
+) -> Task:
+    """Multi-query associative recall: trained on all numbers of pairs, scored on each.
+
+    Args:
+        length: Tokens in a sequence.
+        pairs: Numbers of pairs; a training batch has one of them.
+        n_keys: Different keys.
+        n_values: Different values.
+        batch: Sequences in a batch.
+        tests: Held-out sequences for each number of pairs.
+    """
+
+    def draw(generator: torch.Generator, count: int = 0, n: int = batch) -> Batch:
+        count = count or pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
+        return synthetic.associative_recall(n, length, count, n_keys, n_values, generator)
+
+    def held_out(count: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(HELD_OUT + count)
+        return [draw(generator, count, tests)]
+
+    return Task(
+        vocab_size=1 + n_keys + n_values,
+        batches=lambda seed, steps: Batches(draw, steps, seed),
+        tests={f"{count} pairs": held_out(count) for count in pairs},
+        accuracy=True,
+    )
+
+
+def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int) -> Task:
+    """Copying of random symbols: trained on the first length, scored on all.
+
+    Args:
+        lengths: Numbers of symbols, the first is that of training.
+        n_symbols: Different symbols.
+        batch: Sequences in a batch.
+        tests: Held-out sequences of each length.
+    """
+
+    def held_out(length: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(HELD_OUT + length)
+        return [synthetic.copying(tests, length, n_symbols, generator)]
+
+    return Task(
+        vocab_size=n_symbols + 1,
+        batches=lambda seed, steps: Batches(
+            lambda generator: synthetic.copying(batch, lengths[0], n_symbols, generator),
+            steps,
+            seed,
+        ),
+        tests={f"copy {length}": held_out(length) for length in lengths},
+        accuracy=True,
+    )
+
+
+def group(*, name: str, lengths: list[int], batch: int, tests: int) -> Task:
+    """The word problem of a group, trained on the first length; all lengths are scored on their
+    last quarter.
+
+    Args:
+        name: "parity" or "s3".
+        lengths: Numbers of elements, the first is that of training.
+        batch: Sequences in a batch.
+        tests: Held-out sequences of each length.
+    """
+
+    def held_out(length: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(HELD_OUT + length)
+        return [synthetic.group_words(tests, length, name, generator)]
+
+    return Task(
+        vocab_size=len(synthetic.group_table(name)),
+        batches=lambda seed, steps: Batches(
+            lambda generator: synthetic.group_words(batch, lengths[0], name, generator),
+            steps,
+            seed,
+        ),
+        tests={f"{name} {length}": held_out(length) for length in lengths},
+        accuracy=True,
+        late=True,
+    )

@@ -1,0 +1,285 @@
+"""Every mixer of the book: one budget, the contract, the tasks, and a whole comparison."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gatebook import measure, mixers
+from gatebook.data.synthetic import IGNORE
+from gatebook.mixers import Sizes, compare, tasks
+
+EXAMPLE = Path(__file__).with_name("example.py")
+NAMES = sorted(mixers.read(EXAMPLE))
+SMALL = Sizes(d_model=64, n_heads=4, n_layers=2)
+LARGE = Sizes(d_model=256, n_heads=4, n_layers=4)
+BOOK = {
+    "softmax",
+    "softmax_nope",
+    "linear",
+    "retnet",
+    "gla",
+    "hgrn",
+    "hgrn2",
+    "deltanet",
+    "gated_deltanet",
+    "mamba2",
+    "gam",
+}
+
+
+def built(name, sizes=SMALL, vocab_size=32):
+    torch.manual_seed(0)
+    return mixers.build(mixers.read(EXAMPLE)[name], vocab_size, sizes)
+
+
+def tokens(length=23):
+    return torch.randint(32, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_book_has_these_mixers():
+    assert set(mixers.mixers()) >= BOOK
+
+
+@pytest.mark.parametrize("conv_width", [0, 4])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_has_the_same_number_of_parameters(name, sizes, conv_width):
+    sizes = Sizes(**(vars(sizes) | {"conv_width": conv_width}))
+    with torch.device("meta"):
+        count = measure.parameters(built(name, sizes))
+    assert count == pytest.approx(mixers.budget(32, sizes), rel=0.02)
+
+
+def test_the_budget_is_that_of_the_usual_transformer():
+    assert measure.parameters(built("softmax")) == mixers.budget(32, SMALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_with_carried_states_equal_the_whole(name):
+    model = built(name).double()
+    states, parts = None, []
+    for start, end in ((0, 7), (7, 8), (8, 23)):
+        part, states = model.continue_from(tokens()[:, start:end], states)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens()), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_do_not_see_the_future(name):
+    model, other = built(name).double(), tokens()
+    other[:, 12:] = (other[:, 12:] + 1) % 32
+    torch.testing.assert_close(model(other)[:, :12], model(tokens())[:, :12], atol=1e-12, rtol=0)
+    assert (model(other)[:, 12:] - model(tokens())[:, 12:]).abs().amax((0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_gradient(name):
+    model = built(name)
+    F.cross_entropy(model(tokens()).flatten(0, 1), tokens().flatten()).backward()
+    for parameter, tensor in model.named_parameters():
+        assert tensor.grad is not None, parameter
+        assert tensor.grad.abs().max() > 0, parameter
+
+
+def test_mixers_that_are_too_large_or_too_few_raise():
+    with pytest.raises(ValueError, match="larger than a whole model"):
+        mixers.build(lambda s: [torch.nn.Linear(999, 999) for _ in range(2)], 32, SMALL)
+    with pytest.raises(ValueError, match="2 blocks need as many mixers; got 1"):
+        mixers.build(lambda s: [torch.nn.Linear(4, 4)], 32, SMALL)
+
+
+def test_files_of_ones_own(tmp_path):
+    assert set(mixers.read(EXAMPLE)) == set(mixers.mixers()) | {"running mean"}
+    assert set(mixers.read("")) == set(mixers.mixers())
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        mixers.read(tmp_path / "nowhere.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="needs a table such as MIXERS"):
+        mixers.read(tmp_path / "empty.py")
+    (tmp_path / "taken.py").write_text('MIXERS = {"gla": None}\n')
+    with pytest.raises(ValueError, match="two files define the mixer 'gla'; the second is taken"):
+        mixers.read(tmp_path / "taken.py")
+    with pytest.raises(ValueError, match="'gla'"):
+        mixers.choose(["gal"], mixers.mixers())
+    assert list(mixers.choose(["gla", "gam"], mixers.mixers())) == ["gla", "gam"]
+
+
+def test_the_example_is_a_mean():
+    mixer = built("running mean").blocks[0].mixer
+    x = torch.randn(1, 5, 64)
+    expected = mixer.out(torch.stack([mixer.value(x)[:, : t + 1].mean(1) for t in range(5)], 1))
+    torch.testing.assert_close(mixer(x)[0], expected)
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+RECIPE = {"schedule": "onecycle", "betas": (0.9, 0.95)}
+SETTINGS = {
+    "text": {"kind": "text", "corpus": "python_manual", "length": 32, "long": 128, "batch": 8}
+    | {"test_bytes": 4096},
+    "recall": {"kind": "recall", "length": 24, "pairs": [2, 6], "n_keys": 12, "n_values": 12}
+    | {"batch": 32, "tests": 64},
+    "copying": {"kind": "copying", "lengths": [8, 16], "n_symbols": 6, "batch": 8, "tests": 16},
+    "parity": {"kind": "parity", "lengths": [32, 64], "batch": 8, "tests": 16},
+    "s3": {"kind": "s3", "lengths": [8, 32], "batch": 8, "tests": 16},
+}
+for entry in SETTINGS.values():
+    entry |= {"steps": 3, "sizes": vars(SMALL), "recipe": RECIPE}
+
+
+def task(name, **changes):
+    own = {k: v for k, v in SETTINGS[name].items() if k not in ("steps", "sizes", "recipe")}
+    return tasks.make(**(own | changes))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_batches_follow_from_the_seed_and_differ_from_the_tests(name):
+    made = task(name)
+    first, again, other = (list(made.batches(seed, 3)) for seed in (0, 0, 1))
+    assert len(first) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
+    for x, y in first + [batch for batches in made.tests.values() for batch in batches]:
+        assert x.shape == y.shape
+        assert 0 <= x.min() <= x.max() < made.vocab_size
+        assert (y != IGNORE).any()
+    seen = {tuple(row.tolist()) for x, _ in first for row in x}
+    held_out = {tuple(row.tolist()) for b in made.tests.values() for x, _ in b for row in x}
+    assert not seen & held_out
+
+
+class Oracle(torch.nn.Module):
+    """Knows the answers of some batches, and is wrong by one where it is told to."""
+
+    def __init__(self, batches, vocab_size, wrong=lambda t, length: False):
+        super().__init__()
+        self.answers = {tuple(x[0].tolist()): y for x, y in batches}
+        self.vocab_size, self.wrong = vocab_size, wrong
+
+    def forward(self, x):
+        y = self.answers[tuple(x[0].tolist())].clamp(min=0)
+        places = torch.tensor([self.wrong(t, x.shape[1]) for t in range(x.shape[1])])
+        return 50.0 * F.one_hot((y + places) % self.vocab_size, self.vocab_size)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_that_knows_the_answers_gets_full_marks(name):
+    made = task(name)
+    batches = [batch for part in made.tests.values() for batch in part]
+    scores = made.score(Oracle(batches, made.vocab_size), "cpu", "fp32")
+    assert scores.pop("loss") < 1e-9
+    best = 1.0 if made.accuracy else pytest.approx(0.0, abs=1e-9)
+    assert scores == dict.fromkeys(made.tests, best)
+
+
+def test_late_scores_count_the_last_quarter_only():
+    made = task("s3")
+    batches = [batch for part in made.tests.values() for batch in part]
+    early = Oracle(batches, 6, wrong=lambda t, length: t < 3 * length // 4)
+    late = Oracle(batches, 6, wrong=lambda t, length: t >= 3 * length // 4)
+    assert made.score(early, "cpu", "fp32")["s3 32"] == 1.0
+    assert made.score(late, "cpu", "fp32")["s3 32"] == 0.0
+
+
+def test_long_windows_of_text_count_their_last_quarter_only():
+    made = task("text")
+    for x, y in made.tests["text, long"]:
+        assert x.shape[1] == 128
+        assert (y[:, :96] == IGNORE).all()
+        assert (y[:, 96:] != IGNORE).all()
+
+
+def test_uniform_logits_have_the_loss_of_chance():
+    class Uniform(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros(*x.shape, 6)
+
+    assert task("s3").score(Uniform(), "cpu", "fp32")["loss"] == pytest.approx(math.log(6))
+
+
+def test_unknown_task_raises():
+    with pytest.raises(ValueError, match="recall"):
+        tasks.make("recal")
+
+
+# --- the comparison ------------------------------------------------------------------------------
+
+
+def test_each_mixer_takes_the_rate_with_the_lowest_loss(monkeypatch):
+    """With losses that are told instead of trained, so that the best rate is known."""
+    best = {("gla", "s3"): 0.1, ("gla", "parity"): 0.3, ("gam", "s3"): 0.2, ("gam", "parity"): 0.1}
+    seen = []
+
+    def told(trial):
+        seen.append(trial)
+        distance = abs(trial.lr - best[trial.mixer, trial.task])
+        return {"loss": float("inf") if distance > 0.15 else distance}
+
+    monkeypatch.setattr(compare, "run_trial", told)
+    settings = {name: SETTINGS[name] for name in ("s3", "parity")}
+    found = compare.study(["gla", "gam"], settings, [0.1, 0.2, 0.3], [0, 1])
+    finals = [trial for trial, _ in found if not trial.choosing]
+    assert {(t.mixer, t.task): t.lr for t in finals} == best
+    assert len(finals) == 8
+    assert len(found) == len(seen) == 20
+    assert {t.seed for t in finals} == {0, 1}
+    assert {t.seed for t, _ in found if t.choosing} == {compare.CHOICE_SEED}
+
+
+def test_a_run_that_diverges_is_not_chosen_and_does_not_stop_the_study(monkeypatch):
+    def diverges(*args, **kwargs):
+        raise FloatingPointError
+
+    monkeypatch.setattr(compare, "fit", diverges)
+    ((_, scores),) = compare.study(["gla"], {"s3": SETTINGS["s3"]}, [0.1], [0])
+    assert scores["loss"] == float("inf")
+    assert math.isnan(scores["s3 32"])
+
+
+def test_two_workers_find_what_one_finds():
+    """With a mixer from a file, in processes of their own."""
+    settings = {name: SETTINGS[name] for name in ("recall", "s3")}
+    args = (["softmax", "running mean"], settings, [1e-2, 3e-3], [0])
+    alone = compare.study(*args, file=str(EXAMPLE))
+    together = compare.study(*args, file=str(EXAMPLE), workers=2)
+    assert alone == together
+
+
+def test_training_recalls_what_was_written():
+    """The whole way on a task that softmax attention learns in seconds, and a mean cannot."""
+    settings = {"recall": SETTINGS["recall"] | {"steps": 250, "pairs": [4], "length": 12}}
+    settings["recall"]["sizes"] = {"d_model": 32, "n_heads": 2, "n_layers": 2, "conv_width": 3}
+    found = compare.study(["softmax", "running mean"], settings, [2e-2], [0], file=str(EXAMPLE))
+    softmax, mean = (scores["4 pairs"] for _, scores in found)
+    assert softmax > 0.95
+    assert mean < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "grows"), [("softmax", True), ("gla", False), ("deltanet", False), ("gam", False)]
+)
+def test_costs_count_the_state(name, grows):
+    short, long = compare.costs(
+        mixers.mixers()[name], SMALL, [8, 16], tokens=16, min_seconds=0.001, longest_training=8
+    )
+    assert (short.length, long.length) == (8, 16)
+    assert short.train_us > 0 and math.isnan(long.train_us)  # noqa: PT018
+    assert 0 < short.decode_ms < 1000
+    assert long.state_bytes == short.state_bytes * (2 if grows else 1)
+    if name == "softmax":
+        assert short.state_bytes == 2 * 2 * 8 * 64 * 4  # blocks, k and v, tokens, channels, bytes
+    if name == "gla":
+        assert short.state_bytes == 2 * 4 * 8 * 16 * 4  # blocks, heads, K, V, bytes
+
+
+def test_a_mixer_without_a_state_cannot_be_timed_as_a_decoder():
+    class Forgetful(torch.nn.Linear):
+        def forward(self, x, state=None):
+            return super().forward(x), None
+
+    with pytest.raises(ValueError, match="returns no state"):
+        compare.costs(lambda s: [Forgetful(64, 64) for _ in range(2)], SMALL, [8])
