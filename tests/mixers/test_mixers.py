@@ -1,13 +1,15 @@
 """Every mixer of the book: one budget, the contract, the tasks, and a whole comparison."""
 
+import importlib
 import math
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from gatebook import measure, mixers
+from gatebook import measure, mixers, models
 from gatebook.data.synthetic import IGNORE
 from gatebook.mixers import Sizes, compare, tasks
 
@@ -39,8 +41,13 @@ def tokens(length=23):
     return torch.randint(32, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_book_has_these_mixers():
-    assert set(mixers.mixers()) >= BOOK
+def test_every_file_with_a_table_is_named():
+    found = set()
+    for package in (mixers, models):
+        for info in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            found |= set(getattr(module, "MIXERS", {}))
+    assert set(mixers.mixers()) == found >= BOOK
 
 
 @pytest.mark.parametrize("conv_width", [0, 4])

@@ -1,16 +1,14 @@
 """Every token mixer of the book, in one backbone and at one budget of parameters.
 
-A file registers its mixers in a table `MIXERS`, from a name to a function of `Sizes` that makes one
-module for each block. The files are those of `gatebook.mixers` and `gatebook.models`, and any file
-of yours that `read` is given. A mixer obeys the contract of `gatebook.layers.language`:
-`mixer(x, state=None) -> (y, state)`; one that returns None for its state can be trained and
-compared, but not timed as a decoder.
+A file holds its mixers in a table `MIXERS`, from a name to a function of `Sizes` that makes one
+module for each block. `mixers` names the book's files; `read` takes one of yours.
+
+A mixer obeys the contract of `gatebook.layers.language`, `mixer(x, state=None) -> (y, state)`. One
+that returns None for its state can be trained and compared, but not timed as a decoder.
 """
 
 import functools
-import importlib
 import importlib.util
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +35,14 @@ Make = Callable[[Sizes], list[nn.Module]]
 
 @functools.cache
 def mixers() -> dict[str, Make]:
-    """All mixers of the book, by name."""
-    from gatebook import models
+    """All mixers of the book, by name, in the order of its tables."""
+    # each file is named here, so that evidence is known to depend on it
+    from gatebook.mixers import gam, mamba2, softmax
+    from gatebook.models import hybrid_linear
 
     table: dict[str, Make] = {}
-    for package in (importlib.import_module(__name__), models):
-        for info in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
-            _add(table, getattr(module, "MIXERS", {}), info.name)
+    for module in (softmax, hybrid_linear, mamba2, gam):
+        _add(table, module.MIXERS, module.__name__)
     return table
 
 
