@@ -32,6 +32,7 @@ UNITS = {
     "fwd_wall": "ms",
     "fwdbwd_wall": "ms",
     "fwd_graph": "ms",
+    "step": "ms",
     "memory": "MiB",
     "first_call": "s",
     "copy": "GB/s",
