@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def parameters(model: nn.Module, *, without: tuple[str, ...] = ()) -> int:
@@ -46,6 +46,35 @@ def latency(function: Callable[[], Any], *, device: str = "cpu", min_seconds: fl
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     function()
     return timer.blocked_autorange(min_run_time=min_seconds).median * 1000
+
+
+def training_latency(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    min_seconds: float = 0.2,
+) -> float:
+    """Median time of a forward and a backward pass in milliseconds.
+
+    Args:
+        model: On the device; its gradients are dropped after each pass.
+        batch: On the device.
+        loss: Of the model and the batch, a scalar.
+        device: Where both are.
+        precision: "fp32", or "bf16" for autocast.
+        min_seconds: Of the measurement.
+    """
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(model, batch)
+        value.backward()
+        model.zero_grad()
+
+    return latency(step, device=device, min_seconds=min_seconds)
 
 
 def peak_memory(function: Callable[[], Any]) -> int:

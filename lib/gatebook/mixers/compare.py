@@ -178,15 +178,15 @@ def costs(
         train = float("nan")
         if not longest_training or length <= longest_training:
             rows = max(1, tokens // length)
-            batch = torch.randint(vocab_size, (rows, length + 1), device=device)
-
-            def step(batch: Tensor = batch) -> None:
-                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                    loss = sequence_loss(model, (batch[:, :-1], batch[:, 1:]))
-                loss.backward()
-                model.zero_grad()
-
-            ms = measure.latency(step, device=device, min_seconds=min_seconds)
+            window = torch.randint(vocab_size, (rows, length + 1), device=device)
+            ms = measure.training_latency(
+                model,
+                (window[:, :-1], window[:, 1:]),
+                sequence_loss,
+                device=device,
+                precision=precision,
+                min_seconds=min_seconds,
+            )
             train = 1000 * ms / (rows * length)
         decode, size = _decoding(model, length, decode_batch, device, precision, min_seconds)
         found.append(Cost(length=length, train_us=train, decode_ms=decode, state_bytes=size))
