@@ -11,6 +11,8 @@ from gatebook.data.synthetic import (
     copying,
     group_table,
     group_words,
+    recall_in_chain,
+    second_order_chain,
 )
 
 
@@ -49,6 +51,39 @@ def test_keys_values_and_places_are_uniform():
 def test_recall_that_does_not_fit_raises(length, pairs):
     with pytest.raises(ValueError, match=f"{pairs} pairs need at least {3 * pairs} tokens"):
         associative_recall(2, length, pairs, 9, 7, generator())
+
+
+def test_chain_and_recall_share_a_sequence():
+    """The fillers of a row, in order, are the chain; the rest is recall as before."""
+    odds = second_order_chain(4, 0.5, generator())
+    tokens, targets, loss = recall_in_chain(40, 30, 5, 9, 7, odds, generator(1))
+    plain, answers = associative_recall(40, 30, 5, 9, 7, generator(1))
+    symbol = tokens < 4
+    assert torch.equal(symbol[:, 10:], plain[:, 10:] == 0)
+    assert torch.equal(tokens[~symbol] - 3, plain[~symbol])
+    asked = answers != IGNORE
+    assert torch.equal(targets[asked] - 3, answers[asked])
+    assert (targets[:, :10] == IGNORE).all()
+    for row in range(40):
+        words = tokens[row][symbol[row]].tolist()
+        after = targets[row][symbol[row]].tolist()
+        assert words[1:] == after[:-1]
+        for i in range(1, len(words)):
+            odd = odds[words[i - 1], words[i], after[i]]
+            assert loss[row][symbol[row]][i].item() == pytest.approx(-odd.log().item(), abs=1e-5)
+    assert not loss[~symbol].any()
+
+
+def test_chain_has_its_transition_probabilities():
+    odds = second_order_chain(3, 0.7, generator())
+    tokens, targets, _ = recall_in_chain(3000, 40, 1, 2, 2, odds, generator(1))
+    counts = torch.zeros(3, 3, 3)
+    for row, after in zip(tokens.tolist(), targets.tolist(), strict=True):
+        words = [(w, a) for w, a in zip(row, after, strict=True) if w < 3]
+        for (a, _), (b, c) in itertools.pairwise(words):
+            counts[a, b, c] += 1
+    found = counts / counts.sum(-1, keepdim=True)
+    assert torch.allclose(found, odds, atol=0.02)
 
 
 def test_the_copy_is_what_came_before_the_mark():

@@ -291,3 +291,64 @@ def group_words(
         product = table[product, tokens[:, t]]
         products.append(product)
     return tokens, torch.stack(products, 1)
+
+
+def second_order_chain(n_symbols: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Transition probabilities `[S, S, S]` of a random chain: which symbol follows the last two.
+
+    Args:
+        n_symbols: S.
+        temperature: Of the softmax over normal logits; lower is more predictable.
+        generator: Source of every random number.
+    """
+    logits = torch.randn(n_symbols, n_symbols, n_symbols, generator=generator)
+    return (logits / temperature).softmax(-1)
+
+
+def recall_in_chain(
+    n: int,
+    length: int,
+    pairs: int,
+    n_keys: int,
+    n_values: int,
+    chain: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`associative_recall` whose filler is a chain of symbols, so that one sequence asks for both:
+    the value of a key, and the next symbol from the last two.
+
+    Tokens: 0..S − 1 symbols; then n_keys keys; then n_values values. The pairs come first. At a
+    symbol the target is the next symbol of the chain, across the queries that lie between.
+
+    Args:
+        n: Number of sequences.
+        length: Tokens in each, T; more than 3 P.
+        pairs: P.
+        n_keys: Different keys.
+        n_values: Different values.
+        chain: Transition probabilities `[S, S, S]`.
+        generator: Source of every random number.
+
+    Returns:
+        Tokens `[n, T]`; targets `[n, T]`, `IGNORE` in the pairs; and the loss in nats `[n, T]` of
+        who knows the chain and its last two symbols, 0 where the target is no symbol.
+    """
+    tokens, targets = associative_recall(n, length, pairs, n_keys, n_values, generator)
+    symbols = len(chain)
+    places = tokens[:, 2 * pairs :] == 0  # (n, T - 2 P), as many in each row
+    count = length - 3 * pairs
+    drawn = torch.randint(symbols, (n, 2), generator=generator).unbind(1)
+    words, odds = list(drawn), []
+    for _ in range(count):
+        after = chain[words[-2], words[-1]]  # (n, S)
+        words.append(torch.multinomial(after, 1, generator=generator).squeeze(1))
+        odds.append(after.gather(1, words[-1].unsqueeze(1)).squeeze(1))
+    text = torch.stack(words[1:], 1)  # (n, count + 1): the second symbol drawn is the first shown
+    tokens = torch.where(tokens > 0, tokens + symbols - 1, tokens)
+    targets = torch.where(targets >= 0, targets + symbols - 1, targets)
+    loss = torch.zeros(n, length)
+    rest = slice(2 * pairs, None)
+    tokens[:, rest][places] = text[:, :-1].flatten()
+    targets[:, rest][places] = text[:, 1:].flatten()
+    loss[:, rest][places] = -torch.stack(odds, 1).log().flatten()
+    return tokens, targets, loss

@@ -46,17 +46,24 @@ def mixers() -> dict[str, Make]:
     return table
 
 
+def hybrids() -> dict[str, Make]:
+    """Linear mixers with softmax attention in some blocks, by names such as "gla 3:1"."""
+    from gatebook.models import hybrid_linear
+
+    return hybrid_linear.HYBRIDS
+
+
 def read(path: str | Path) -> dict[str, Make]:
-    """The book's mixers and those of a file.
+    """The book's mixers, its hybrids, and the mixers of a file.
 
     Args:
-        path: A Python file with a table `MIXERS`; empty for the book's alone.
+        path: A Python file with a table `MIXERS`; empty for none.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file has no table `MIXERS`, or a name that is taken.
     """
-    table = dict(mixers())
+    table = mixers() | hybrids()
     if not str(path):
         return table
     path = Path(path).expanduser()

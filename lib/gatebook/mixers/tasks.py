@@ -4,8 +4,8 @@ A task knows how many tokens it has, makes batches for training, and scores a tr
 `loss` on held-out data is what a learning rate is chosen by.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,15 +42,18 @@ class Task:
         batches: Training batches for a seed and a number of steps.
         tests: Held-out batches for each condition that is scored, such as a number of pairs; the
             first is that of training.
-        accuracy: Whether the share of right answers is the score; else the loss in nats.
+        losses: Conditions whose score is the loss in nats; that of the others is the share of right
+            answers.
         late: Score the last quarter of each sequence only, as for lengths beyond those of training.
+        floor: Loss of the best possible model on a condition, which is taken off.
     """
 
     vocab_size: int
     batches: Callable[[int, int], Any]
     tests: dict[str, list[Batch]]
-    accuracy: bool
+    losses: tuple[str, ...] = ()
     late: bool = False
+    floor: Mapping[str, float] = field(default_factory=dict)
 
     def score(self, model: nn.Module, device: str, precision: str) -> dict[str, float]:
         """The held-out loss in nats under "loss", and the score of each condition by its name."""
@@ -58,7 +61,7 @@ class Task:
         for name, batches in self.tests.items():
             loss, right = evaluate(model, batches, device, precision, late=self.late)
             found.setdefault("loss", loss)
-            found[name] = right if self.accuracy else loss
+            found[name] = loss - self.floor.get(name, 0.0) if name in self.losses else right
         return found
 
 
@@ -85,7 +88,7 @@ def make(kind: str, *, data_dir: str = "", **settings: Any) -> Task:
     """A task by kind.
 
     Args:
-        kind: "text", "recall", "copying", "parity" or "s3".
+        kind: "text", "recall", "copying", "parity", "s3", "chain" or "mixed".
         data_dir: Folder with local copies of the texts.
         settings: Of that kind, see the functions below.
 
@@ -98,12 +101,14 @@ def make(kind: str, *, data_dir: str = "", **settings: Any) -> Task:
         "copying": copying,
         "parity": group,
         "s3": group,
+        "chain": chain,
+        "mixed": mixed,
     }
     if kind not in kinds:
         raise ValueError(unknown("task", kind, kinds))
     if kinds[kind] is group:
         settings["name"] = kind
-    if kinds[kind] is language:
+    if kinds[kind] in (language, mixed):
         settings["data_dir"] = data_dir
     return kinds[kind](**settings)
 
@@ -135,7 +140,7 @@ def language(
         vocab_size=256,
         batches=lambda seed, steps: text.Windows(train, length, batch, steps, seed),
         tests=tests,
-        accuracy=False,
+        losses=tuple(tests),
     )
 
 
@@ -172,7 +177,6 @@ def recall(
         vocab_size=1 + n_keys + n_values,
         batches=lambda seed, steps: Batches(draw, steps, seed),
         tests={f"{count} pairs": held_out(count) for count in pairs},
-        accuracy=True,
     )
 
 
@@ -198,7 +202,6 @@ def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int) -> Ta
             seed,
         ),
         tests={f"copy {length}": held_out(length) for length in lengths},
-        accuracy=True,
     )
 
 
@@ -225,6 +228,99 @@ def group(*, name: str, lengths: list[int], batch: int, tests: int) -> Task:
             seed,
         ),
         tests={f"{name} {length}": held_out(length) for length in lengths},
-        accuracy=True,
         late=True,
     )
+
+
+def chain(
+    *,
+    length: int,
+    pairs: int,
+    n_keys: int,
+    n_values: int,
+    n_symbols: int,
+    temperature: float,
+    batch: int,
+    tests: int,
+) -> Task:
+    """Recall and a second-order chain in one sequence, scored apart: the share of right answers,
+    and the loss of the chain above that of who knows it.
+
+    Args:
+        length: Tokens in a sequence.
+        pairs: Pairs of a key and a value.
+        n_keys: Different keys.
+        n_values: Different values.
+        n_symbols: Symbols of the chain, which is the same for all seeds.
+        temperature: Of the chain.
+        batch: Sequences in a batch.
+        tests: Held-out sequences.
+    """
+    fixed = torch.Generator().manual_seed(HELD_OUT)
+    odds = synthetic.second_order_chain(n_symbols, temperature, fixed)
+    sizes = (length, pairs, n_keys, n_values, odds)
+    x, y, best = synthetic.recall_in_chain(tests, *sizes, fixed)
+    symbol = (y >= 0) & (y < n_symbols)
+    return Task(
+        vocab_size=n_symbols + n_keys + n_values,
+        batches=lambda seed, steps: Batches(
+            lambda generator: synthetic.recall_in_chain(batch, *sizes, generator)[:2], steps, seed
+        ),
+        tests={
+            "both": [(x, y)],
+            "recall": [(x, y.masked_fill(symbol, IGNORE))],
+            "chain": [(x, y.masked_fill(~symbol, IGNORE))],
+        },
+        losses=("both", "chain"),
+        floor={"chain": best[symbol].mean().item()},
+    )
+
+
+def mixed(
+    *,
+    corpus: str,
+    length: int,
+    pairs: list[int],
+    n_keys: int,
+    n_values: int,
+    batch: int,
+    tests: int,
+    test_bytes: int,
+    data_dir: str,
+) -> Task:
+    """Half of each batch is text, half recall, in one vocabulary; scored apart.
+
+    Args:
+        corpus, test_bytes, data_dir: As for `language`.
+        length: Tokens of a window and of a recall sequence.
+        pairs, n_keys, n_values, tests: As for `recall`.
+        batch: Sequences in a batch, an even number.
+    """
+    words = language(
+        corpus=corpus,
+        length=length,
+        long=length,
+        batch=batch // 2,
+        test_bytes=test_bytes,
+        data_dir=data_dir,
+    )
+    own = {"length": length, "pairs": pairs, "n_keys": n_keys, "n_values": n_values}
+    facts = recall(batch=batch // 2, tests=tests, **own)
+
+    def shifted(found: Batch) -> Batch:
+        """Keys and values come after the 256 bytes, the filler with them."""
+        x, y = found
+        return x + 256, torch.where(y >= 0, y + 256, y)
+
+    class Both:
+        def __init__(self, seed: int, steps: int) -> None:
+            self.parts = (words.batches(seed, steps), facts.batches(seed, steps))
+
+        def __iter__(self) -> Iterator[Batch]:
+            for text_batch, recall_batch in zip(*self.parts, strict=True):
+                pair = (text_batch, shifted(recall_batch))
+                yield tuple(torch.cat(side) for side in zip(*pair, strict=True))
+
+    held_out = {"text": words.tests["text"]}
+    held_out |= {name: [shifted(b) for b in found] for name, found in facts.tests.items()}
+    return Task(vocab_size=256 + facts.vocab_size, batches=Both, tests=held_out, losses=("text",))

@@ -355,21 +355,33 @@ def _published() -> dict[str, tuple[type, HybridConfig]]:
 MODELS = _published()
 
 
-def _pure(name: Linear) -> Callable[[Any], list[nn.Module]]:
-    """The mixer alone, for `gatebook.mixers`."""
+def _hybrid(name: Linear, ratio: int, *, softmax_first: bool = False) -> Callable:
+    """The mixers of a model of any size, for `gatebook.mixers`."""
 
     def make(sizes: Any) -> list[nn.Module]:
-        layers = list(range(sizes.n_layers))
-        made, bounds = linear_mixers(name, sizes.d_model, sizes.n_heads, 0, layers, sizes.n_layers)
+        d, h, n = sizes.d_model, sizes.n_heads, sizes.n_layers
+        config = HybridConfig(
+            linear=name, ratio=ratio, softmax_first=softmax_first, d_model=d, n_layers=n
+        )
+        softmax = softmax_layers(config)
+        linear = [i for i in range(n) if i not in softmax]
+        made, bounds = linear_mixers(name, d, h, 0, linear, n)
         if bounds is not None:
             made[0].add_module("shared_bounds", bounds)  # so that the table is trained
-        return made
+        by_layer = dict(zip(linear, made, strict=True))
+        return [by_layer.get(i) or Attention(d, h) for i in range(n)]
 
     return make
 
 
-MIXERS = {name: _pure(name) for name in get_args(Linear)}
+MIXERS = {name: _hybrid(name, -1) for name in get_args(Linear)}
 MIXERS["linear"] = lambda s: [
     GLA(GLAConfig(d_model=s.d_model, n_layers=1, n_heads=s.n_heads, gate="none"))
     for _ in range(s.n_layers)
 ]
+HYBRIDS = {
+    f"{name} {ratio}:1": _hybrid(name, ratio) for name in get_args(Linear) for ratio in (1, 3, 7)
+}
+HYBRIDS |= {
+    f"{name} 3:1, softmax first": _hybrid(name, 3, softmax_first=True) for name in get_args(Linear)
+}
