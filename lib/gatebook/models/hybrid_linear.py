@@ -383,5 +383,7 @@ HYBRIDS = {
     f"{name} {ratio}:1": _hybrid(name, ratio) for name in get_args(Linear) for ratio in (1, 3, 7)
 }
 HYBRIDS |= {
-    f"{name} 3:1, softmax first": _hybrid(name, 3, softmax_first=True) for name in get_args(Linear)
+    f"{name} {ratio}:1, softmax first": _hybrid(name, ratio, softmax_first=True)
+    for name in get_args(Linear)
+    for ratio in (1, 3)
 }
