@@ -75,6 +75,14 @@ DATASETS: dict[str, Source] = {
         download="4.7 MB",
         splits=("train", "validation", "test"),
     ),
+    "wikitext-103": Source(
+        hub_id="Salesforce/wikitext",
+        config="wikitext-103-raw-v1",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        columns=("text",),
+        download="313 MB",
+        splits=("train", "validation", "test"),
+    ),
     "tinystories": Source(
         hub_id="roneneldan/TinyStories",
         revision="f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
