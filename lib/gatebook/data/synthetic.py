@@ -102,6 +102,73 @@ def markov_text(n_symbols: int, temperature: float, generator: torch.Generator) 
     return MarkovText(transition, pairs / pairs.sum())
 
 
+N_TRIGGERS = 4  # tokens 0..3 of `BackCopy`
+
+
+@dataclass(frozen=True)
+class BackCopy:
+    """Bigram text in which a few tokens ask for a look back, and all others for none.
+
+    A sequence is BOS, a uniform symbol, then one symbol after another. After a trigger (a symbol
+    below `N_TRIGGERS`) the next symbol repeats the one before the trigger; after any other, and
+    after a trigger that BOS precedes, it is drawn from the bigram table. A model that knows the
+    last token needs attention for the triggers alone.
+
+    Attributes:
+        bigram: P(next = b | last = a), [n, n], float64.
+    """
+
+    bigram: Tensor
+
+    @property
+    def bos(self) -> int:
+        """The token that starts every sequence; the vocabulary has one more than that."""
+        return self.bigram.shape[0]
+
+    def sample(self, n: int, length: int, generator: torch.Generator) -> Tensor:
+        """Draws `n` sequences of BOS and `length` symbols: [n, 1 + length]."""
+        tokens = torch.full((n, 1 + length), self.bos)
+        for t in range(length):
+            rows = self.next_symbol(tokens[:, : t + 1])[:, -1]
+            tokens[:, t + 1] = torch.multinomial(rows, 1, generator=generator)[:, 0]
+        return tokens
+
+    def next_symbol(self, tokens: Tensor) -> Tensor:
+        """True distribution after each position: [B, T] from BOS on -> [B, T, n]."""
+        size = self.bos
+        uniform = torch.full((1, size), 1 / size, dtype=self.bigram.dtype)
+        found = torch.cat([self.bigram, uniform])[tokens]  # (B, T, n)
+        row, t = back_copy_triggers(tokens).nonzero(as_tuple=True)
+        found[row, t] = torch.eye(size, dtype=found.dtype)[tokens[row, t - 1]]
+        return found
+
+    def entropy(self, tokens: Tensor) -> Tensor:
+        """Entropy in nats of the symbol after each position, the floor of any loss: [B, T]."""
+        found = self.next_symbol(tokens)
+        return -torch.xlogy(found, found).sum(-1)
+
+
+def back_copy(n_symbols: int, generator: torch.Generator) -> BackCopy:
+    """A random `BackCopy`: rows of uniform numbers to the sixth power, normed to sum one.
+
+    Args:
+        n_symbols: Size of the alphabet, without BOS.
+        generator: Source of the table.
+
+    Raises:
+        ValueError: Unless there are more symbols than triggers.
+    """
+    if n_symbols <= N_TRIGGERS:
+        raise ValueError(f"n_symbols must be above the {N_TRIGGERS} triggers, got {n_symbols}")
+    table = torch.rand(n_symbols, n_symbols, generator=generator, dtype=torch.float64) ** 6
+    return BackCopy(table / table.sum(-1, keepdim=True))
+
+
+def back_copy_triggers(tokens: Tensor) -> Tensor:
+    """Positions of `BackCopy` sequences whose next symbol is a copy: mask [B, T]."""
+    return (tokens < N_TRIGGERS) & (torch.arange(tokens.shape[1], device=tokens.device) > 1)
+
+
 N_RESET_KEYS = 6  # keys of each group of `typed_reset_recall`
 N_VALUES = 8
 UNKNOWN = N_VALUES  # the answer "none": never written, or forgotten at a reset
