@@ -32,6 +32,7 @@ METHODS: dict[str, str] = {
     "attention": GREY,
     "transformer": GREY,
     "attention without positions": "#b5b5b5",
+    "attention with normed keys": "#6e6e6e",
     "gated attention": "#a97c50",
     "sqa": "#5c6e91",
     "moh": "#8f5d7f",

@@ -138,3 +138,29 @@ def test_a_mixer_may_start_where_it_likes():
     assert mixer.gate.bias.tolist() == [7.0, 7.0]
     assert mixer.map.bias.abs().max() == 0
     assert mixer.map.weight.std().item() == pytest.approx(0.03, rel=0.05)
+
+
+def test_biases_stand_where_they_are_asked_for():
+    def biases(**changes):
+        return {name for name, _ in decoder(**changes).named_parameters() if "bias" in name}
+
+    block = {f"blocks.{i}.ffn.{name}.bias" for i in range(2) for name in ("gate", "up", "down")}
+    assert biases() == set()
+    assert biases(biases=True) == block | {"head.bias"}
+    attention = Attention(16, 4, out_bias=True)
+    assert [name for name, _ in attention.named_parameters() if "bias" in name] == ["out.bias"]
+
+
+def test_decoder_without_a_final_norm_reads_the_last_block():
+    model = decoder(final_norm=False)
+    x = torch.tensor([[1, 2, 3]])
+    y = model.embedding(x)
+    for block in model.blocks:
+        y, _ = block(y)
+    torch.testing.assert_close(model(x), y @ model.head.weight.T)
+
+
+def test_decoder_may_keep_torchs_initial_weights():
+    model = decoder(init_std=None, d_model=16)
+    assert model.head.weight.abs().max() <= 16**-0.5
+    assert model.embedding.weight.std() > 0.5

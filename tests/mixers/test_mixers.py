@@ -27,6 +27,9 @@ LARGE = Sizes(d_model=256, n_heads=4, n_layers=4)
 BOOK = {
     "softmax",
     "softmax_nope",
+    "softmax_qk_norm",
+    "gated_softmax",
+    "sqa",
     "linear",
     "retnet",
     "gla",

@@ -90,6 +90,14 @@ DATASETS: dict[str, Source] = {
         download="1 GB",
         splits=("train", "validation"),
     ),
+    "wikipedia": Source(
+        hub_id="wikimedia/wikipedia",
+        config="20231101.en",
+        revision="b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
+        columns=("text",),
+        download="12 GB",
+        splits=("train",),
+    ),
     "slimpajama": Source(
         hub_id="cerebras/SlimPajama-627B",
         revision="2d0accdd58c5d5511943ca1f5ff0e3eb5e293543",

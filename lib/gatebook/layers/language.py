@@ -50,6 +50,7 @@ class Attention(nn.Module):
         n_kv_heads: int = 0,
         d_head: int = 0,
         rope_base: float = 10_000.0,
+        out_bias: bool = False,
     ) -> None:
         """Makes the layer.
 
@@ -59,6 +60,7 @@ class Attention(nn.Module):
             n_kv_heads: G, which divides H; 0 is H. Query head i reads key head ⌊i G / H⌋.
             d_head: K; 0 is D / H.
             rope_base: Of `rotate`; 0 leaves positions out.
+            out_bias: Whether the output map has a bias; queries, keys and values have none.
 
         Raises:
             ValueError: Heads that do not divide what they have to.
@@ -73,20 +75,29 @@ class Attention(nn.Module):
         d_head = d_head or d_model // n_heads
         self.heads, self.base = (n_heads, n_kv_heads, n_kv_heads), rope_base
         self.qkv = nn.Linear(d_model, sum(self.heads) * d_head, bias=False)
-        self.out = nn.Linear(n_heads * d_head, d_model, bias=False)
+        self.out = nn.Linear(n_heads * d_head, d_model, bias=out_bias)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """`[B, T, D]` to the same; the state is the keys and values so far, `[B, P, G, K]` each."""
-        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))
-        q, k, v = qkv.split(self.heads, 2)  # (B, T, H or G, K)
+        o, state = self.attend(*self.project(x), state)
+        return self.out(o.flatten(-2)), state
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, T, D]` to queries `[B, T, H, K]`, keys and values `[B, T, G, K]`, not yet turned."""
+        return self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 2)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The heads' outputs `[B, T, H, K]` and the state after them, from what `project` gave."""
         past = 0 if state is None else state[0].shape[1]
         if self.base:
             q, k = rotate(q, self.base, past), rotate(k, self.base, past)
         if state is not None:
             k, v = (torch.cat(pair, 1) for pair in zip(state, (k, v), strict=True))
-        return self.out(softmax_attention(q, k, v, causal=True, past=past).flatten(-2)), (k, v)
+        return softmax_attention(q, k, v, causal=True, past=past), (k, v)
 
 
 class ShortConv(nn.Module):
@@ -131,13 +142,13 @@ class Convolved(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward network (SiLU(x W_1) ⊙ x W_2) W_3, without biases."""
+    """The feed-forward network (SiLU(x W_1) ⊙ x W_2) W_3, with biases if wanted."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate = nn.Linear(d_model, d_ff, bias=bias)
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
@@ -152,12 +163,19 @@ def llama_width(d_model: int) -> int:
 class Block(nn.Module):
     """y = x + mixer(norm(x)); x' = y + SwiGLU(norm(y))."""
 
-    def __init__(self, d_model: int, mixer: nn.Module, d_ff: int, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        mixer: nn.Module,
+        d_ff: int,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
         self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.ffn = SwiGLU(d_model, d_ff)
+        self.ffn = SwiGLU(d_model, d_ff, bias)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """`[B, T, D]` and the mixer's state to the same."""
@@ -177,8 +195,10 @@ class Decoder(nn.Module):
         mixers: list[nn.Module],
         d_ff: int = 0,
         norm_eps: float = 1e-6,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
         tied: bool = False,
+        biases: bool = False,
+        final_norm: bool = True,
     ) -> None:
         """Makes the model.
 
@@ -190,18 +210,24 @@ class Decoder(nn.Module):
             d_ff: F; 0 is `llama_width`.
             norm_eps: Of every RMSNorm of the trunk.
             init_std: Standard deviation of every linear map and of the embedding; biases are 0.
+                None leaves torch's own initial weights.
             tied: Whether the head uses the embedding's matrix.
+            biases: Whether the feed-forward networks and the head have biases.
+            final_norm: Whether a norm stands before the head.
         """
         super().__init__()
         self.init_std = init_std
         d_ff = d_ff or llama_width(d_model)
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, mixer, d_ff, norm_eps) for mixer in mixers)
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.blocks = nn.ModuleList(
+            Block(d_model, mixer, d_ff, norm_eps, biases) for mixer in mixers
+        )
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps) if final_norm else nn.Identity()
+        self.head = nn.Linear(d_model, vocab_size, bias=biases)
         if tied:
             self.head.weight = self.embedding.weight
-        self.apply(self._initialise)
+        if init_std is not None:
+            self.apply(self._initialise)
         self.apply(lambda module: module.reset() if hasattr(module, "reset") else None)
 
     def _initialise(self, module: nn.Module) -> None:

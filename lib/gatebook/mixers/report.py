@@ -16,6 +16,7 @@ Row = dict[str, Any]
 STYLES: dict[str, tuple[str, str]] = {
     "softmax": ("attention", "o"),
     "softmax_nope": ("attention without positions", "o"),
+    "softmax_qk_norm": ("attention with normed keys", "o"),
     "gated_softmax": ("gated attention", "o"),
     "sqa": ("sqa", "o"),
     "moh": ("moh", "o"),

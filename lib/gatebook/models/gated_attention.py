@@ -275,3 +275,26 @@ MODELS = {
         ),
     ),
 }
+
+
+def _mixer(gate: Kind, d_model: int, n_heads: int) -> GatedAttention:
+    """One layer with as many key as query heads, for `gatebook.mixers`."""
+    return GatedAttention(
+        GatedAttentionConfig(
+            d_model=d_model,
+            n_layers=1,
+            n_heads=n_heads,
+            n_kv_heads=n_heads,
+            d_head=d_model // n_heads,
+            d_ff=1,
+            gate=gate,
+        )
+    )
+
+
+MIXERS = {  # both norm queries and keys
+    "softmax_qk_norm": lambda s: [_mixer("none", s.d_model, s.n_heads) for _ in range(s.n_layers)],
+    "gated_softmax": lambda s: [
+        _mixer("elementwise", s.d_model, s.n_heads) for _ in range(s.n_layers)
+    ],
+}

@@ -1,0 +1,46 @@
+"""Lookups of several places at once."""
+
+import torch
+from torch import Tensor
+
+
+def multi_lookup(
+    n: int, n_pairs: int, n_values: int, n_ways: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Pairs of a key and a value, then one token that asks for the values of several keys at once.
+
+    Every key stands once, in random order; values are independent and uniform, so that chance is
+    1 / `n_values`. The M asked keys are drawn with replacement, one for each way; the same key has
+    another symbol in each way, so that the question says which answer goes where.
+
+    Symbols: 0 none; 1 + k key k; 1 + K + v value v; 1 + K + V + w K + k asks for key k in way w,
+    with K keys and V values.
+
+    Args:
+        n: Number of sequences.
+        n_pairs: K, keys and pairs in a sequence.
+        n_values: V.
+        n_ways: M, keys asked for, at least 2 (a pair takes two symbols).
+        generator: Source of every random number.
+
+    Returns:
+        Symbols [n, K + 1, M], of which the model sums the embeddings, and values asked for [n, M].
+
+    Raises:
+        ValueError: `n_ways` below 2.
+    """
+    if n_ways < 2:
+        raise ValueError(f"n_ways must be at least 2, got {n_ways}")
+    keys = torch.rand(n, n_pairs, generator=generator).argsort(1)
+    values = torch.randint(n_values, (n, n_pairs), generator=generator)
+    asked = torch.randint(n_pairs, (n, n_ways), generator=generator)  # places in the sequence
+    symbols = torch.zeros(n, n_pairs + 1, n_ways, dtype=torch.long)
+    symbols[:, :-1, 0], symbols[:, :-1, 1] = 1 + keys, 1 + n_pairs + values
+    ways = n_pairs * torch.arange(n_ways)
+    symbols[:, -1] = 1 + n_pairs + n_values + ways + keys.gather(1, asked)
+    return symbols, values.gather(1, asked)
+
+
+def multi_lookup_symbols(n_pairs: int, n_values: int, n_ways: int) -> int:
+    """Number of symbols of `multi_lookup`, the empty one included."""
+    return 1 + n_pairs + n_values + n_ways * n_pairs
