@@ -98,6 +98,14 @@ DATASETS: dict[str, Source] = {
         download="12 GB",
         splits=("train",),
     ),
+    "fineweb-edu": Source(
+        hub_id="HuggingFaceFW/fineweb-edu",
+        config="sample-100BT",
+        revision="main",
+        columns=("text",),
+        download="277 GB",
+        splits=("train",),
+    ),
     "slimpajama": Source(
         hub_id="cerebras/SlimPajama-627B",
         revision="2d0accdd58c5d5511943ca1f5ff0e3eb5e293543",

@@ -127,10 +127,15 @@ def _cell(found: dict, column: list[dict], lower: bool, rates: list[float]) -> s
     return f"<td>{f'<strong>{text}</strong>' if ties else text}</td>"
 
 
+def style(mixer: str) -> str:
+    """The colour of a mixer of the book, the same on every page."""
+    return plotting.color(STYLES[mixer][0])
+
+
 def _style(mixer: str, others: int) -> tuple[str, str]:
     """Colour and mark; a mixer that is not the book's takes those of the series."""
     if mixer in STYLES:
-        return plotting.color(STYLES[mixer][0]), STYLES[mixer][1]
+        return style(mixer), STYLES[mixer][1]
     return plotting.series(others % 8), "*"
 
 

@@ -369,7 +369,8 @@ def _hybrid(name: Linear, ratio: int, *, softmax_first: bool = False) -> Callabl
         if bounds is not None:
             made[0].add_module("shared_bounds", bounds)  # so that the table is trained
         by_layer = dict(zip(linear, made, strict=True))
-        return [by_layer.get(i) or Attention(d, h) for i in range(n)]
+        heads = max(1, d // 64)  # of width 64, as at the paper's sizes
+        return [by_layer.get(i) or Attention(d, heads) for i in range(n)]
 
     return make
 
