@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gatebook.data.lookup import multi_lookup, multi_lookup_symbols
+from gatebook.data.lookup import IGNORE, multi_lookup, multi_lookup_symbols
 
 KEYS, VALUES, WAYS = 5, 3, 4
 
@@ -44,6 +44,16 @@ def test_one_seed_gives_one_data_set_and_another_seed_another():
     assert not torch.equal(drawn(seed=3)[0], drawn(seed=4)[0])
 
 
-def test_a_single_way_is_refused():
-    with pytest.raises(ValueError, match="at least 2, got 1"):
-        multi_lookup(1, KEYS, VALUES, 1, torch.Generator())
+def test_ways_that_are_not_asked_have_no_symbol_and_no_answer():
+    generator = torch.Generator().manual_seed(0)
+    symbols, answers = multi_lookup(500, KEYS, VALUES, WAYS, generator, n_asked=2)
+    asked = symbols[:, -1] > 0
+    assert (asked.sum(1) == 2).all()
+    assert torch.equal(asked, answers != IGNORE)
+    assert (asked.float().mean(0) - 0.5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("ways", "asked"), [(1, 0), (3, 4), (3, -1)])
+def test_ways_that_do_not_fit_are_refused(ways, asked):
+    with pytest.raises(ValueError, match=f"got {ways}, {asked}"):
+        multi_lookup(1, KEYS, VALUES, ways, torch.Generator(), n_asked=asked)

@@ -30,6 +30,7 @@ BOOK = {
     "softmax_qk_norm",
     "gated_softmax",
     "sqa",
+    "moh",
     "linear",
     "retnet",
     "gla",

@@ -12,7 +12,6 @@ from gatebook import measure, models
 from gatebook.kernels import softmax_attention
 from gatebook.layers.language import Attention
 from gatebook.models.sqa import (
-    MultiLookup,
     SparseQueryAttention,
     SQAConfig,
     SQALanguageModel,
@@ -256,19 +255,3 @@ def test_initial_weights_are_torchs():
 def test_heads_that_do_not_fit_raise(changes):
     with pytest.raises(ValueError, match="n_heads divides d_model; got "):
         dataclasses.replace(SMALL, **changes)
-
-
-def test_lookup_model_answers_from_the_last_token_and_ignores_order():
-    torch.manual_seed(0)
-    model = MultiLookup(config(4, 2, rope_base=0.0), n_ways=3, n_values=5).double()
-    symbols = torch.randint(11, (2, 6, 3), generator=seeded(2))
-    out = model(symbols)
-    assert out.shape == (2, 3, 5)
-    torch.testing.assert_close(model(symbols[:, [3, 1, 4, 0, 2, 5]]), out)
-    symbols[:, -1, 0] = (symbols[:, -1, 0] + 1) % 11
-    assert (model(symbols) - out).abs().max() > 1e-3
-
-
-def test_lookup_model_embeds_the_empty_symbol_as_nothing():
-    model = MultiLookup(config(4, 2), n_ways=3, n_values=5)
-    assert (model.embedding.weight[0] == 0).all()

@@ -22,6 +22,7 @@ SMALL = {
     "gam_transformer": LM | {"n_heads": 2, "context": 8},
     "gam_mamba": LM | {"context": 0},
     "gla_340m": LM | {"n_heads": 2, "d_ff": 32, "tau": 8.0},
+    "moh_llm_s": LM | {"n_heads": 4, "n_shared": 1, "n_active": 1, "d_ff": 24},
     "sqa_sqa": LM | {"n_heads": 4, "n_query_heads": 2, "n_kv_heads": 1, "d_ff": 24},
     "mossformer_small": {"n_layers": 2},
     "swin_t": SWIN | {"n_classes": 3},

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from gatebook import models
+from gatebook.measure.sequence import sequence_loss
 from gatebook.training import jobs
 from gatebook.training.jobs import Job
 from gatebook.training.metrics import logged_losses
@@ -116,6 +117,17 @@ def test_max_steps_shortens_the_run(slimpajama):
     short = jobs.build(gla(slimpajama, max_steps=3))
     assert short.recipes[0].steps == 3
     assert len(jobs.train(gla(slimpajama, max_steps=3)).loss) == 3
+
+
+def test_a_language_model_is_trained_on_what_its_modules_add_to_the_loss():
+    size = TINY | {"n_heads": 8, "d_ff": 24, "balance": 1000.0}
+    job = Job(chapter="moh", arm="moh50", settings={"size": size, "length": 8})
+    task = jobs.build(job)
+    model, batch = task.model(), task.sample(2)
+    added = task.loss(model, batch) - sequence_loss(model, batch)
+    each = [block.mixer.router.auxiliary_loss for block in model.blocks]
+    assert added.item() == pytest.approx(sum(each).item() / 2, rel=1e-3)
+    assert added > 2000  # K β = 3000 where routing is even
 
 
 def test_swin_trains_on_a_mirror_of_imagenet(imagenet, tmp_path):

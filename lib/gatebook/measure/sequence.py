@@ -24,6 +24,17 @@ def sequence_loss(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """What modules add to the loss of a task: the mean of their `auxiliary_loss`, 0 if none has it.
+
+    A module sets it in its forward pass, so call this after the model. A function that stands in
+    for a model has no modules, and adds nothing.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module.auxiliary_loss for module in modules if hasattr(module, "auxiliary_loss")]
+    return sum(found) / len(found) if found else 0.0
+
+
 @torch.no_grad()
 def loss_by_position(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int | None = None

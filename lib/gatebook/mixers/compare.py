@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatebook import measure
 from gatebook.layers.language import Decoder
-from gatebook.measure.sequence import sequence_loss
+from gatebook.measure.sequence import auxiliary_loss, sequence_loss
 from gatebook.mixers import Make, Sizes, build, read, tasks
 from gatebook.training import Recipe, fit
 
@@ -43,10 +43,14 @@ def run_trial(trial: Trial) -> dict[str, float]:
     torch.manual_seed(trial.seed)
     model = build(read(trial.file)[trial.mixer], task.vocab_size, sizes)
     try:
-        fit(model, task.batches(trial.seed, steps), sequence_loss, recipe, device=trial.device)
+        fit(model, task.batches(trial.seed, steps), _loss, recipe, device=trial.device)
     except FloatingPointError:  # the rate is too high for this mixer
         return {"loss": float("inf")} | dict.fromkeys(task.tests, float("nan"))
     return task.score(model, trial.device, recipe.precision)
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return sequence_loss(model, batch) + auxiliary_loss(model)
 
 
 def study(

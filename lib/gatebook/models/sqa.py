@@ -4,21 +4,17 @@ Read: the author's research note and the code RxAI-dev/RxNN; of the paper itself
 
     SparseQueryAttention   the layer: fewer query heads, all of the width D / H
     SQALanguageModel       the dense models of the note, from MHA to xSQA
-    MultiLookup            one block that must read several places at once (ours)
 
 The layer is grouped-query attention whose head width does not follow from the number of its query
 heads. So it is the book's `Attention` with `d_head` given, and no line of the operator is new.
 
 Shapes: B batch, T tokens, D model width, H heads that fix the head width d_h = D / H, H_q query
-heads, H_kv key and value heads, F hidden width of the feed-forward network, N vocabulary, M keys
-that a query of `MultiLookup` names.
+heads, H_kv key and value heads, F hidden width of the feed-forward network, N vocabulary.
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from gatebook.layers.language import Attention, Block, Decoder
+from gatebook.layers.language import Attention, Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,34 +96,6 @@ class SQALanguageModel(Decoder):
             final_norm=False,
         )
         self.config = config
-
-
-class MultiLookup(nn.Module):
-    """One block that answers M questions at once, at the last token.
-
-    A token is a set of symbols: its embedding is the sum of theirs, as `multi_lookup` makes them.
-    """
-
-    def __init__(self, config: SQAConfig, *, n_ways: int, n_values: int) -> None:
-        """Makes the model.
-
-        Args:
-            config: Sizes of the block; `vocab_size` counts symbols, `n_layers` is not read.
-            n_ways: M, the keys that a query names.
-            n_values: Values that a key can have.
-        """
-        super().__init__()
-        d = config.d_model
-        self.n_ways = n_ways
-        self.embedding = nn.Embedding(config.vocab_size, d, padding_idx=0)
-        self.block = Block(d, SparseQueryAttention(config), config.d_ff, bias=True)
-        self.head = nn.Linear(d, n_ways * n_values)
-
-    def forward(self, symbols: Tensor) -> Tensor:
-        """Symbols `[B, T, S]`, 0 for none, to logits of the values `[B, M, n_values]`."""
-        x = self.embedding(symbols).sum(2)  # (B, T, D)
-        x, _ = self.block(x)
-        return self.head(x[:, -1]).unflatten(-1, (self.n_ways, -1))
 
 
 MODELS = {

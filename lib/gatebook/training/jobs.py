@@ -279,10 +279,10 @@ def _peak(device: str, precision: str, processes: int) -> float | None:
 def language_model(
     job: Job, s: SimpleNamespace, arm: dict, rank: int, processes: int, device: str
 ) -> Task:
-    """Next-token prediction on a streamed text (gla)."""
+    """Next-token prediction on a streamed text (gla, sqa, moh)."""
     from gatebook import models
     from gatebook.data import stream, text
-    from gatebook.measure.sequence import sequence_loss
+    from gatebook.measure.sequence import auxiliary_loss, sequence_loss
 
     recipe = Recipe(**s.recipe)
     batch, accumulate = divide(s.batch, recipe.accumulate, processes, job.batch)
@@ -312,7 +312,7 @@ def language_model(
         name=s.model,
         model=lambda: models.create(s.model, **(s.size | arm)),
         batches=batches,
-        loss=sequence_loss,
+        loss=lambda model, batch: sequence_loss(model, batch) + auxiliary_loss(model),
         sample=sample,
         recipes=(replace(recipe, accumulate=accumulate),),
         batch=batch,
