@@ -233,6 +233,29 @@ class Windows:
             yield window[:, :-1], window[:, 1:]
 
 
+def mask_tokens(
+    tokens: Tensor, vocab_size: int, generator: torch.Generator, rate: float = 0.15
+) -> tuple[Tensor, Tensor]:
+    """BERT's task (Devlin et al. 2019): some tokens are hidden and have to be found.
+
+    Args:
+        tokens: `[B, T]`, int64.
+        vocab_size: Number of tokens; the mask is the one after them.
+        generator: On the CPU.
+        rate: Share of tokens that are asked. Of these 80 % become the mask, 10 % a random token,
+            and 10 % stay.
+
+    Returns:
+        Inputs, and targets that are −100 where nothing is asked, both `[B, T]`.
+    """
+    draw, kind = torch.rand(2, *tokens.shape, generator=generator).to(tokens.device)
+    other = torch.randint(vocab_size, tokens.shape, generator=generator).to(tokens.device)
+    asked = draw < rate
+    inputs = torch.where(asked & (kind < 0.8), vocab_size, tokens)
+    inputs = torch.where(asked & (kind >= 0.9), other, inputs)
+    return inputs, torch.where(asked, tokens, -100)
+
+
 def load_tokenizer(name: str, hub_id: str, data_dir: str | Path = "") -> "Tokenizer":
     """The tokeniser of a data set: `data_dir/NAME/tokenizer.json` if it is there, else the hub's.
 

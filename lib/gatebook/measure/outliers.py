@@ -26,3 +26,22 @@ def first_token_share(weights: Tensor, start: int, queries: Tensor | None = None
 def largest_activation(hidden: Tensor) -> float:
     """Largest magnitude in a batch of hidden states of any shape."""
     return hidden.abs().max().item()
+
+
+def infinity_norm(x: Tensor) -> float:
+    """Largest magnitude of each sequence, averaged over sequences: `[B, ...]`, in units of x."""
+    return x.flatten(1).abs().amax(1).float().mean().item()
+
+
+def kurtosis(x: Tensor) -> float:
+    """Fourth standardised moment of each sequence, averaged over sequences; 3 for normal numbers.
+
+    mean((x − μ)⁴) / (s⁴ + 10⁻⁶) over all numbers of a sequence, s with n − 1 in its denominator,
+    as Bondarenko et al. (2023) compute it.
+
+    Args:
+        x: `[B, ...]`.
+    """
+    x = x.flatten(1).double()
+    centred = x - x.mean(1, keepdim=True)
+    return (centred.pow(4).mean(1) / (x.std(1).pow(4) + 1e-6)).mean().item()

@@ -1,6 +1,6 @@
 """Gated attention for large language models (Qiu et al. 2025, arXiv 2505.06708).
 
-From the paper: the gate, its five positions and its variants (§2, Tables 1, 3 and 4). From the
+From the paper: the gate, its five positions and its variants (Tables 1, 3 and 4). From the
 released code: QK normalisation before the rotation, no biases, gates that start near one half.
 
     Gate                  Y' = Y ⊙ σ(X W_θ), and the variants of the paper's tables
