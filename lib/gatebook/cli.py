@@ -131,6 +131,21 @@ def estimate(
             click.echo("\n".join(price.lines()))
 
 
+@main.command("prices")
+@click.option("--all", "everything", is_flag=True, help="Those that are up to date as well.")
+def count_prices(everything: bool) -> None:
+    """Count what full runs cost, for the page book/scaling, where code or plans have changed."""
+    from gatebook.book import prices
+    from gatebook.evidence import ledger
+
+    root = _root()
+    for slug in ledger.chapters(root) if everything else prices.stale(root):
+        click.echo(f"{slug} …")
+        with _reported():
+            prices.update(root, [slug])
+    click.echo("every price is up to date")
+
+
 def _job_options(command: Any) -> Any:
     """The options that say what is trained, and how."""
     options = (

@@ -15,6 +15,32 @@ def test_every_full_run_has_a_row(html: Path) -> None:
         assert f'<th scope="row">{slug}' in page
 
 
+def test_kept_prices_are_up_to_date() -> None:
+    """If not: `gatebook prices`. The book would count them again, which takes minutes."""
+    assert prices.stale(provenance.root()) == []
+
+
+def test_prices_are_kept_until_the_plan_changes(tmp_path: Path, monkeypatch) -> None:
+    counted = []
+    plan = {"hash": "one"}
+    monkeypatch.setattr(prices, "_hash", lambda root, slug: plan["hash"])
+    monkeypatch.setattr(prices.ledger, "load_chapter", lambda root, slug: slug)
+    monkeypatch.setattr(prices.ledger, "chapters", lambda root: ["gla"])
+    monkeypatch.setattr(prices, "_rows", lambda slug: counted.append(slug) or [(slug, "1")])
+    (tmp_path / "results").mkdir()
+    assert prices.stale(tmp_path) == ["gla"]
+    prices.update(tmp_path, ["gla"])
+    assert prices.kept_rows(tmp_path, "gla") == [["gla", "1"]]
+    assert counted == ["gla"]
+    plan["hash"] = "two"
+    assert prices.stale(tmp_path) == ["gla"]
+    assert prices.kept_rows(tmp_path, "gla") == [["gla", "1"]]
+    assert counted == ["gla", "gla"]
+    prices.path(tmp_path).write_text("{damaged")
+    assert prices.kept_rows(tmp_path, "gla") == [["gla", "1"]]
+    assert len(counted) == 3
+
+
 def test_a_row_is_the_estimate() -> None:
     chapter = ledger.load_chapter(provenance.root(), "swin")
     rows = {row[0]: row for row in prices._rows(chapter)}

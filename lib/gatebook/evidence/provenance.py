@@ -60,8 +60,7 @@ def chapter_hash(root: Path, slug: str) -> str:
     digest.update(_essence("\n".join(cells)).encode())
     digest.update(_decisive(root / "chapters" / f"{slug}.yml").encode())
     for name, path in sorted(imported_modules("\n".join(cells)).items()):
-        digest.update(name.encode())
-        digest.update(_essence_of_file(path, path.stat().st_mtime_ns).encode())
+        digest.update(name.encode() + essence_of_file(path).encode())
     return digest.hexdigest()[:16]
 
 
@@ -166,6 +165,11 @@ def _module_file(name: str) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def essence_of_file(path: Path) -> str:
+    """A module's source without comments, docstrings and blank lines."""
+    return _essence_of_file(path, path.stat().st_mtime_ns)
 
 
 @cache

@@ -21,12 +21,18 @@ def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Floating-point operations of the matrix products and convolutions in a call.
 
     Counted by torch's `FlopCounterMode`, two for each multiply-add; element-wise work does not
-    count. Inputs and weights may be on the meta device. Papers that print "FLOPs" usually mean
+    count, and attention counts as if it were not causal. Inputs and weights may be on the meta
+    device. Papers that print "FLOPs" usually mean
     multiply-adds: halve this number.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    def attention(q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch leaves it out
+    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+    with counter, torch.no_grad():
         function(*args, **kwargs)
     return counter.get_total_flops()
 

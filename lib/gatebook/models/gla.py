@@ -4,8 +4,8 @@ Read in the paper: §4.1 to §4.4 and the configurations of §5. From the releas
 d_k'^(-1/2) on the queries, the residual of the second sub-layer, RMSNorm as the norm of each head.
 
     GLA                the paper's layer, with any of the four gates of its ablation (Table 4)
-    GLALanguageModel   embedding, n blocks, norm, linear head; no position code. Its baseline,
-                       Transformer++, has softmax attention with RoPE for a mixer
+    GLALanguageModel   embedding, n blocks, norm, linear head; with softmax attention and RoPE in
+                       place of GLA it is the paper's baseline, Transformer++
 
 Decoder, block, SwiGLU and attention are shared with other chapters: `gatebook.layers.language`.
 
