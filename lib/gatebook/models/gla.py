@@ -4,9 +4,9 @@ Read in the paper: §4.1 to §4.4 and the configurations of §5. From the releas
 d_k'^(-1/2) on the queries, the residual of the second sub-layer, RMSNorm as the norm of each head.
 
     GLA                the paper's layer, with any of the four gates of its ablation (Table 4)
-    GLALanguageModel   embedding, n blocks, norm, linear head; with softmax attention and RoPE in
-                       place of GLA it is the paper's baseline, Transformer++
+    GLALanguageModel   embedding, n blocks, norm, linear head
 
+With softmax attention and RoPE in place of GLA the model is the paper's baseline, Transformer++.
 Decoder, block, SwiGLU and attention are shared with other chapters: `gatebook.layers.language`.
 
 Shapes: B batch, T tokens, D model width, H heads, K key channels and V value channels of a head,
