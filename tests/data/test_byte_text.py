@@ -7,6 +7,7 @@ from gatebook.data import sources
 from gatebook.data.text import (
     Windows,
     byte_text,
+    instruction_blocks,
     load_tokenizer,
     python_manual,
     train_bpe,
@@ -85,3 +86,22 @@ def test_missing_tokeniser_names_the_two_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "from_pretrained", refuse)
     with pytest.raises(sources.DataUnavailableError, match=r"DATA/slimpajama/.*network"):
         load_tokenizer("slimpajama", "mistralai/Mistral-7B-v0.1", tmp_path)
+
+
+def test_instructions_are_packed_and_their_responses_alone_are_targets():
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Greet.", "input": "", "output": "Hello"},
+    ]
+    tokens, targets = instruction_blocks(rows, lambda s: list(s.encode()), 3, end_of_text=0)
+    text = bytes(tokens.flatten().tolist()).decode()
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3\0Below" in text
+    assert "describes a task, paired with" in text
+    assert "describes a task. Write" in text
+    assert tokens.shape == targets.shape
+    assert tokens.shape[1] == 3
+    known = targets != -100
+    following = torch.cat([tokens.flatten()[1:], torch.tensor([-1])]).view_as(targets)
+    known[-1, -1] = False  # what follows the last block is not in it
+    assert torch.equal(targets[known], following[known])
+    assert bytes(targets[known].tolist()).decode().startswith("3\0H")

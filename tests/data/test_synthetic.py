@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from gatebook.data.synthetic import IGNORE, lag_copy, lag_copy_hits, lag_copy_loss, markov_text
+from gatebook.data.synthetic import (
+    IGNORE,
+    drifting_lexicon,
+    lag_copy,
+    lag_copy_hits,
+    lag_copy_loss,
+    markov_text,
+)
 
 
 def seeded(seed=0):
@@ -101,3 +108,32 @@ def test_lag_copy_hits_count_answers_to_asked_positions():
     assert asked.tolist() == [14, 4]
     assert right.tolist() == [14, 4]
     assert lag_copy_hits(-perfect, targets)[0].tolist() == [0, 0]
+
+
+def test_lexicon_text_with_no_share_is_the_chain():
+    chain = markov_text(6, 0.5, seeded())
+    tokens = drifting_lexicon(chain, 4000, 12, seeded(1), share=0.0)
+    last = tokens[:, -3:]
+    seen = torch.bincount((last * torch.tensor([36, 6, 1])).sum(-1), minlength=216) / 4000
+    expected = (chain.pairs[..., None] * chain.transition).flatten()
+    assert (seen - expected).abs().max() < 5 * math.sqrt(expected.max() / 4000)
+
+
+def test_a_lexicon_that_stays_allows_its_symbols_alone():
+    tokens = drifting_lexicon(
+        markov_text(8, 0.5, seeded()), 50, 60, seeded(1), share=1.0, drift=0.0
+    )
+    kinds = torch.tensor([len(row[2:].unique()) for row in tokens])
+    assert kinds.max() == 3
+    assert (
+        len({tuple(row[2:].unique().tolist()) for row in tokens}) > 20
+    )  # a set of its own for each
+
+
+def test_a_lexicon_that_drifts_always_leaves_no_memory():
+    chain = markov_text(8, 0.5, seeded())
+    tokens = drifting_lexicon(chain, 4000, 6, seeded(1), share=1.0, drift=1.0)
+    same = (tokens[:, 4] == tokens[:, 5]).float().mean()
+    assert same == pytest.approx(1 / 8, abs=5 * math.sqrt(7 / 64 / 4000))
+    kept = drifting_lexicon(chain, 4000, 6, seeded(1), share=1.0, drift=0.0)
+    assert (kept[:, 4] == kept[:, 5]).float().mean() == pytest.approx(1 / 3, abs=0.04)

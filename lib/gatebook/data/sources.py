@@ -106,6 +106,14 @@ DATASETS: dict[str, Source] = {
         download="277 GB",
         splits=("train",),
     ),
+    "alpaca-cleaned": Source(
+        hub_id="yahma/alpaca-cleaned",
+        revision="main",
+        columns=("instruction", "input", "output"),
+        download="44 MB",
+        splits=("train",),
+        note="CC BY 4.0; the first 200 rows serve as validation set",
+    ),
     "slimpajama": Source(
         hub_id="cerebras/SlimPajama-627B",
         revision="2d0accdd58c5d5511943ca1f5ff0e3eb5e293543",

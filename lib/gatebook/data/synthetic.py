@@ -169,6 +169,53 @@ def back_copy_triggers(tokens: Tensor) -> Tensor:
     return (tokens < N_TRIGGERS) & (torch.arange(tokens.shape[1], device=tokens.device) > 1)
 
 
+def drifting_lexicon(
+    chain: MarkovText,
+    n: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    favourites: int = 3,
+    share: float = 0.5,
+    drift: float = 0.02,
+) -> Tensor:
+    """Text with a short and a long memory: grammar from a chain, words from a lexicon that drifts.
+
+    Each sequence has a lexicon, a random set of symbols. A symbol follows `chain` with probability
+    1 − share; else it is a uniform draw from the lexicon, which a reader has to infer from what was
+    drawn before. At each step a new lexicon replaces the old one with probability `drift`.
+
+    Args:
+        chain: What the two symbols before say of the next.
+        n: Number of sequences.
+        length: Symbols in each, T, at least 2.
+        generator: Source of every random number.
+        favourites: Symbols in a lexicon.
+        share: Probability of a draw from the lexicon.
+        drift: Probability of a new lexicon at each step.
+
+    Returns:
+        Symbols [n, T].
+    """
+    size, rows = chain.pairs.shape[0], torch.arange(n)
+
+    def lexicons() -> Tensor:
+        return torch.rand(n, size, generator=generator).argsort(-1)[:, :favourites]
+
+    lexicon = lexicons()
+    tokens = list(chain.sample(n, 2, generator).unbind(1))
+    while len(tokens) < length:
+        renewed = torch.rand(n, 1, generator=generator) < drift
+        lexicon = torch.where(renewed, lexicons(), lexicon)
+        grammar = torch.multinomial(
+            chain.transition[tokens[-2], tokens[-1]], 1, generator=generator
+        )[:, 0]
+        word = lexicon[rows, torch.randint(favourites, (n,), generator=generator)]
+        drawn = torch.rand(n, generator=generator) < share
+        tokens.append(torch.where(drawn, word, grammar))
+    return torch.stack(tokens, dim=1)
+
+
 N_RESET_KEYS = 6  # keys of each group of `typed_reset_recall`
 N_VALUES = 8
 UNKNOWN = N_VALUES  # the answer "none": never written, or forgotten at a reset

@@ -1,6 +1,6 @@
 """Text for language models: tokenisers, blocks of token ids, and n-gram baselines."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -279,3 +279,47 @@ def load_tokenizer(name: str, hub_id: str, data_dir: str | Path = "") -> "Tokeni
             f"no tokeniser ({type(error).__name__}): put tokenizer.json of {hub_id} into "
             f"DATA/{name}/ and run with `-p data_dir DATA`, or run on a machine with a network."
         ) from error
+
+
+ALPACA = (
+    "Below is an instruction that describes a task{context}. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+
+
+def instruction_blocks(
+    rows: Iterable[Mapping[str, str]],
+    encode: Callable[[str], list[int]],
+    length: int,
+    end_of_text: int,
+) -> tuple[Tensor, Tensor]:
+    """Instructions and responses in the Alpaca format, packed; the responses alone are targets.
+
+    Args:
+        rows: With `instruction`, `input` (empty where there is none) and `output`.
+        encode: Text to token ids, without special tokens.
+        length: Tokens in a block, T; what fills no block is dropped.
+        end_of_text: Id of the token after each response, a target as well.
+
+    Returns:
+        Token ids and the targets that follow them, both [N, T]; targets in a prompt are -100.
+    """
+    ids: list[int] = []
+    targets: list[int] = []
+    for row in rows:
+        more = bool(row["input"])
+        prompt = ALPACA.format(
+            context=", paired with an input that provides further context" if more else "",
+            instruction=row["instruction"],
+            input=f"### Input:\n{row['input']}\n\n" if more else "",
+        )
+        asked, answer = encode(prompt), [*encode(row["output"]), end_of_text]
+        ids += asked + answer
+        targets += [-100] * len(asked) + answer
+    blocks = max(0, len(ids) - 1) // length
+    tokens, wanted = torch.tensor(ids), torch.tensor(targets)
+    return (
+        tokens[: blocks * length].view(-1, length),
+        wanted[1 : blocks * length + 1].view(-1, length),
+    )
