@@ -88,20 +88,28 @@ def test_missing_tokeniser_names_the_two_ways(tmp_path, monkeypatch):
         load_tokenizer("slimpajama", "mistralai/Mistral-7B-v0.1", tmp_path)
 
 
+ROWS = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Greet.", "input": "", "output": "Hello"},
+]
+
+
+def as_bytes(text):
+    return list(text.encode())
+
+
 def test_instructions_are_packed_and_their_responses_alone_are_targets():
-    rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Greet.", "input": "", "output": "Hello"},
-    ]
-    tokens, targets = instruction_blocks(rows, lambda s: list(s.encode()), 3, end_of_text=0)
+    tokens, targets = instruction_blocks(ROWS, as_bytes, 330, end_of_text=0)
     text = bytes(tokens.flatten().tolist()).decode()
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3\0Below" in text
     assert "describes a task, paired with" in text
     assert "describes a task. Write" in text
-    assert tokens.shape == targets.shape
-    assert tokens.shape[1] == 3
-    known = targets != -100
-    following = torch.cat([tokens.flatten()[1:], torch.tensor([-1])]).view_as(targets)
-    known[-1, -1] = False  # what follows the last block is not in it
-    assert torch.equal(targets[known], following[known])
-    assert bytes(targets[known].tolist()).decode().startswith("3\0H")
+    assert tokens.shape == targets.shape == (1, 330)
+
+
+def test_blocks_without_a_response_are_left_out():
+    tokens, targets = instruction_blocks(ROWS, as_bytes, 3, end_of_text=0)
+    assert (targets != -100).any(1).all()
+    known = targets[:, :2] != -100  # what follows the last token of a block is not in it
+    assert torch.equal(targets[:, :2][known], tokens[:, 1:][known])
+    assert bytes(targets[targets != -100].tolist()).decode().startswith("3\0H")

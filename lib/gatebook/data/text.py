@@ -299,7 +299,8 @@ def instruction_blocks(
     Args:
         rows: With `instruction`, `input` (empty where there is none) and `output`.
         encode: Text to token ids, without special tokens.
-        length: Tokens in a block, T; what fills no block is dropped.
+        length: Tokens in a block, T; what fills no block is dropped, and so is a block without a
+            target.
         end_of_text: Id of the token after each response, a target as well.
 
     Returns:
@@ -319,7 +320,7 @@ def instruction_blocks(
         targets += [-100] * len(asked) + answer
     blocks = max(0, len(ids) - 1) // length
     tokens, wanted = torch.tensor(ids), torch.tensor(targets)
-    return (
-        tokens[: blocks * length].view(-1, length),
-        wanted[1 : blocks * length + 1].view(-1, length),
-    )
+    tokens = tokens[: blocks * length].view(-1, length)
+    wanted = wanted[1 : blocks * length + 1].view(-1, length)
+    answered = (wanted != -100).any(1)  # a block inside one long prompt has nothing to learn from
+    return tokens[answered], wanted[answered]
