@@ -85,8 +85,9 @@ def table_html(kept: list[Row]) -> str:
         body += f'<tr><th scope="row">{html.escape(mixer)}</th>{cells}</tr>'
     return (
         '<div class="gb-scroll" role="region" tabindex="0" aria-label="Scores of the mixers">'
-        '<table style="min-width: 60%"><caption>Loss in nats a byte for text, '
-        f'share of right answers elsewhere; ± 95 % interval</caption><thead><tr><th scope="col">mixer</th>{head}</tr></thead>'
+        '<table style="min-width: 60%"><caption>Loss in nats a byte for text, share of right '
+        "answers elsewhere; ± 95 % interval</caption><thead><tr>"
+        f'<th scope="col">mixer</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
