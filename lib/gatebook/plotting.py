@@ -37,6 +37,7 @@ METHODS: dict[str, str] = {
     "sqa": "#5c6e91",
     "moh": "#8f5d7f",
     "linear attention": SKY,
+    "fixed decay": "#88ccee",
     "retnet": GREEN,
     "mamba": PURPLE,
     "mamba-2": PURPLE,

@@ -22,6 +22,9 @@ HEAD = (
     "recomputed [GiB]",
     "data [GB]",
 )
+COUNTED = tuple(
+    f"gatebook.{part}" for part in ("kernels", "layers", "measure.cost", "models", "training")
+)
 
 
 def prices(root: Path) -> str:
@@ -73,13 +76,14 @@ def _read(root: Path) -> dict[str, Any]:
 
 
 def _hash(root: Path, slug: str) -> str:
-    """Of the full scale, the modules that the chapter imports, and those that count."""
+    """Of the full scale, and of the code that models are made of and counted with."""
     plan = ledger.load_chapter(root, slug).scales["full"].model_dump_json()
     cells = "\n".join(provenance.code_cells(root / "chapters" / f"{slug}.ipynb"))
     counting = f"{cells}\nimport gatebook.training.estimate\nimport gatebook.training.jobs\n"
     digest = hashlib.sha256(plan.encode())
     for name, file in sorted(provenance.imported_modules(counting).items()):
-        digest.update(name.encode() + provenance.essence_of_file(file).encode())
+        if name.startswith(COUNTED):
+            digest.update(name.encode() + provenance.essence_of_file(file).encode())
     return digest.hexdigest()[:16]
 
 

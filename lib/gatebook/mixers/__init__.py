@@ -9,6 +9,7 @@ that returns None for its state can be trained and compared, but not timed as a 
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,11 @@ def read(path: str | Path) -> dict[str, Make]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"gatebook_mixers_of_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     if not getattr(module, "MIXERS", None):
         raise ValueError(
@@ -121,7 +123,10 @@ def build(make: Make, vocab_size: int, sizes: Sizes) -> Decoder:
     rest = 2 * vocab_size * sizes.d_model + sizes.d_model * (1 + 2 * sizes.n_layers)
     width = 8 * round((aim - rest - measure.parameters(nn.ModuleList(made))) / (8 * channel))
     if width < 8:
-        raise ValueError("the mixers alone are larger than a whole model of the comparison")
+        raise ValueError(
+            f"the mixers' {measure.parameters(nn.ModuleList(made)):,} parameters leave no room "
+            f"in a budget of {aim:,}"
+        )
     model = Decoder(
         vocab_size=vocab_size,
         d_model=sizes.d_model,

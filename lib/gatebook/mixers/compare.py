@@ -1,5 +1,6 @@
 """Train every mixer on every task with the learning rate that suits it, and measure its costs."""
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,7 +39,8 @@ def run_trial(trial: Trial) -> dict[str, float]:
     """Train a model and score it: see `Task.score`."""
     own = dict(trial.settings)
     sizes, recipe, steps = Sizes(**own.pop("sizes")), own.pop("recipe"), own.pop("steps")
-    task = tasks.make(own.pop("kind"), data_dir=trial.data_dir, **own)
+    common = {"data_dir": trial.data_dir, "choosing": trial.choosing}
+    task = tasks.make(own.pop("kind"), **common, **own)
     recipe = Recipe(steps=steps, lr=trial.lr, **recipe)
     torch.manual_seed(trial.seed)
     model = build(read(trial.file)[trial.mixer], task.vocab_size, sizes)
@@ -107,7 +109,7 @@ def _pool(workers: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
 
 def _best(scored: list[tuple[Trial, dict[str, float]]], task: str, mixer: str) -> float:
     own = [(s["loss"], t.lr) for t, s in scored if (t.task, t.mixer) == (task, mixer)]
-    return min(own)[1]
+    return min((loss if math.isfinite(loss) else math.inf, lr) for loss, lr in own)[1]
 
 
 def _run_all(
@@ -119,7 +121,14 @@ def _run_all(
     futures = {pool.submit(run_trial, trial): number for number, trial in enumerate(trials)}
     done = {}
     for future in progress(_Sized(as_completed(futures), len(futures)), what):
-        done[futures[future]] = future.result()
+        number = futures[future]
+        try:
+            done[number] = future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            t = trials[number]
+            error.add_note(f"in the run of {t.mixer} on {t.task}, lr {t.lr}, seed {t.seed}")
+            raise
     return [(trial, done[number]) for number, trial in enumerate(trials)]
 
 
@@ -143,7 +152,7 @@ class Cost:
     length: int  # tokens of a training sequence, or tokens before the one that is decoded
     train_us: float  # forward and backward pass, microseconds a token; nan where not measured
     decode_ms: float  # one further token for each sequence of the batch
-    state_bytes: int  # that each sequence keeps between two tokens, all blocks together
+    state_bytes: float  # that each sequence keeps between two tokens, all blocks together
 
 
 def costs(
@@ -173,8 +182,9 @@ def costs(
         precision: "fp32", or "bf16" for autocast.
         min_seconds: Of each measurement.
 
-    Raises:
-        ValueError: The mixer returns no state.
+    Returns:
+        A cost for each length; one that cannot be measured is nan. A mixer that returns no state
+        has no cost of decoding.
     """
     model = build(make, vocab_size, sizes).to(device)
     found = []
@@ -200,8 +210,9 @@ def costs(
 @torch.no_grad()
 def _decoding(
     model: Decoder, length: int, batch: int, device: str, precision: str, min_seconds: float
-) -> tuple[float, int]:
-    """Milliseconds for one token after `length` others, and bytes of state a sequence."""
+) -> tuple[float, float]:
+    """Milliseconds for one token after `length` others, and bytes of state a sequence; nan for a
+    mixer that returns no state."""
     prompt = torch.randint(model.embedding.num_embeddings, (batch, length), device=device)
     last = prompt[:, -1:]
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
@@ -209,7 +220,7 @@ def _decoding(
         for part in prompt.split(1024, 1):  # in parts, so that a cache fits beside the work
             _, states = model.continue_from(part, states)
         if any(state is None for state in states):
-            raise ValueError("the mixer returns no state, so that its decoding cannot be timed")
+            return math.nan, math.nan
         size = sum(x.numel() * x.element_size() for x in _tensors(states)) // batch
         ms = measure.latency(
             lambda: model.continue_from(last, states), device=device, min_seconds=min_seconds

@@ -21,6 +21,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "sqa": ("sqa", "o"),
     "moh": ("moh", "o"),
     "linear": ("linear attention", "s"),
+    "gla_fixed": ("fixed decay", "s"),
     "retnet": ("retnet", "s"),
     "mamba2": ("mamba-2", "s"),
     "gla": ("gla", "s"),
@@ -86,7 +87,7 @@ def table_html(kept: list[Row]) -> str:
     return (
         '<div class="gb-scroll" role="region" tabindex="0" aria-label="Scores of the mixers">'
         '<table style="min-width: 60%"><caption>Loss in nats a byte for text, share of right '
-        "answers elsewhere; ± 95 % interval</caption><thead><tr>"
+        "answers elsewhere; ± 95 % interval; below, the learning rate</caption><thead><tr>"
         f'<th scope="col">mixer</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -124,8 +125,9 @@ def _cell(found: dict, column: list[dict], lower: bool, rates: list[float]) -> s
     best = max((c for c in column if c["mean"] is not None), key=lambda c: sign * c["mean"])
     ties = sign * (best["mean"] - found["mean"]) <= best["half"] + found["half"]
     end = "*" if len(rates) > 1 and found["lr"] in (rates[0], rates[-1]) else ""
-    text = f"{found['mean']:.3f}" + (f" ± {found['half']:.3f}" if found["half"] else "") + end
-    return f"<td>{f'<strong>{text}</strong>' if ties else text}</td>"
+    text = f"{found['mean']:.3f}" + (f" ± {found['half']:.3f}" if found["half"] else "")
+    rate = f"<br><small>{found['lr']:g}{end}</small>"
+    return f"<td>{f'<strong>{text}</strong>' if ties else text}{rate}</td>"
 
 
 def style(mixer: str) -> str:
@@ -195,7 +197,8 @@ def cost_figure(costs: list[Row], *, device: str) -> None:
         found = [
             [r[field] for r in costs if (r["mixer"], r["length"]) == (mixer, n)] for n in lengths
         ]
-        return lengths, [sorted(values)[len(values) // 2] for values in found]
+        middle = [sorted(v for v in values if v is not None) for values in found]
+        return lengths, [values[len(values) // 2] if values else math.nan for values in middle]
 
     fields = {
         "train_us": "training [µs a token]",
@@ -214,7 +217,7 @@ def cost_figure(costs: list[Row], *, device: str) -> None:
         fig,
         alt="Three panels against length: training time for a token, decoding time for a token, "
         f"bytes of state. At {lengths[-1]} tokens the state takes "
-        + "; ".join(f"{m} {size:,} bytes" for m, size in end.items()),
+        + "; ".join(f"{m} {size:,.0f} bytes" for m, size in end.items()),
         caption="What a mixer costs against length: time of training, time of decoding, size of "
         f"the state. Median of three, on {'a GPU' if device == 'cuda' else 'a CPU'}.",
     )

@@ -40,8 +40,8 @@ class Task:
     Attributes:
         vocab_size: Number of tokens.
         batches: Training batches for a seed and a number of steps.
-        tests: Held-out batches for each condition that is scored, such as a number of pairs; the
-            first is that of training.
+        tests: Held-out batches for each condition that is scored, such as a number of pairs.
+        trained: The conditions that are those of training.
         losses: Conditions whose score is the loss in nats; that of the others is the share of right
             answers.
         late: Score the last quarter of each sequence only, as for lengths beyond those of training.
@@ -51,18 +51,20 @@ class Task:
     vocab_size: int
     batches: Callable[[int, int], Any]
     tests: dict[str, list[Batch]]
+    trained: tuple[str, ...]
     losses: tuple[str, ...] = ()
     late: bool = False
     floor: Mapping[str, float] = field(default_factory=dict)
 
     def score(self, model: nn.Module, device: str, precision: str) -> dict[str, float]:
-        """The held-out loss in nats under "loss", and the score of each condition by its name."""
-        found = {}
+        """The score of each condition by its name; under "loss" the mean held-out loss in nats of
+        the conditions of training."""
+        found, losses = {}, []
         for name, batches in self.tests.items():
             loss, right = evaluate(model, batches, device, precision, late=self.late)
-            found.setdefault("loss", loss)
+            losses += [loss] if name in self.trained else []
             found[name] = loss - self.floor.get(name, 0.0) if name in self.losses else right
-        return found
+        return found | {"loss": sum(losses) / len(losses)}
 
 
 @torch.no_grad()
@@ -84,12 +86,14 @@ def evaluate(
     return losses / count, right / count
 
 
-def make(kind: str, *, data_dir: str = "", **settings: Any) -> Task:
+def make(kind: str, *, data_dir: str = "", choosing: bool = False, **settings: Any) -> Task:
     """A task by kind.
 
     Args:
         kind: "text", "recall", "copying", "parity", "s3", "chain" or "mixed".
         data_dir: Folder with local copies of the texts.
+        choosing: Whether the held-out data are those by which a learning rate is chosen, or those
+            that are scored.
         settings: Of that kind, see the functions below.
 
     Raises:
@@ -110,13 +114,21 @@ def make(kind: str, *, data_dir: str = "", **settings: Any) -> Task:
         settings["name"] = kind
     if kinds[kind] in (language, mixed):
         settings["data_dir"] = data_dir
-    return kinds[kind](**settings)
+    return kinds[kind](choosing=choosing, **settings)
 
 
 def language(
-    *, corpus: str, length: int, long: int, batch: int, test_bytes: int, data_dir: str
+    *,
+    corpus: str,
+    length: int,
+    long: int,
+    batch: int,
+    test_bytes: int,
+    data_dir: str,
+    choosing: bool,
 ) -> Task:
-    """Bytes of a text: loss at the length of training, and on the last quarter of longer windows.
+    """Bytes of a text: loss at the length of training; and the last quarter of longer windows, with
+    all that comes before it and, the same bytes, at the end of windows of the training length.
 
     Args:
         corpus: As for `gatebook.data.text.byte_text`.
@@ -125,9 +137,11 @@ def language(
         batch: Windows in a batch.
         test_bytes: Held-out bytes that are scored.
         data_dir: Folder with a local copy.
+        choosing: As for `make`: the validation split instead of the test split.
     """
     train = text.byte_text(corpus, "train", data_dir)
-    held_out = text.byte_text(corpus, "validation", data_dir)[: test_bytes + 1].long()
+    split = "validation" if choosing else "test"
+    held_out = text.byte_text(corpus, split, data_dir)[: test_bytes + 1].long()
 
     def windows(size: int) -> list[Batch]:
         count = (len(held_out) - 1) // size
@@ -135,24 +149,43 @@ def language(
         rows = max(1, batch * length // size)
         return list(zip(x.view(-1, size).split(rows), y.view(-1, size).split(rows), strict=True))
 
-    tests = {"text": windows(length), "text, long": _last_quarter(windows(long))}
+    tests = {
+        "text": windows(length),
+        "text, long": [(x, _tail(y, long // 4)) for x, y in windows(long)],
+        "text, short": [
+            (_ends(x, long // 4, length), _tail(_ends(y, long // 4, length), length // 2))
+            for x, y in windows(long)
+        ],
+    }
     return Task(
         vocab_size=256,
         batches=lambda seed, steps: text.Windows(train, length, batch, steps, seed),
         tests=tests,
+        trained=("text",),
         losses=tuple(tests),
     )
 
 
-def _last_quarter(batches: list[Batch]) -> list[Batch]:
-    return [
-        (x, F.pad(y[:, 3 * y.shape[1] // 4 :], (3 * y.shape[1] // 4, 0), value=IGNORE))
-        for x, y in batches
-    ]
+def _tail(y: Tensor, count: int) -> Tensor:
+    """Targets of which the last `count` of each row are left."""
+    return y.scatter(1, torch.arange(y.shape[1] - count).expand(len(y), -1), IGNORE)
+
+
+def _ends(x: Tensor, count: int, length: int) -> Tensor:
+    """Windows of `length` whose last halves are the last `count` of each row, one after another."""
+    rows = x[:, x.shape[1] - count - (length - length // 2) :]
+    return rows.unfold(1, length, length // 2).flatten(0, 1)
 
 
 def recall(
-    *, length: int, pairs: list[int], n_keys: int, n_values: int, batch: int, tests: int
+    *,
+    length: int,
+    pairs: list[int],
+    n_keys: int,
+    n_values: int,
+    batch: int,
+    tests: int,
+    choosing: bool,
 ) -> Task:
     """Multi-query associative recall: trained on all numbers of pairs, scored on each.
 
@@ -163,6 +196,7 @@ def recall(
         n_values: Different values.
         batch: Sequences in a batch.
         tests: Held-out sequences for each number of pairs.
+        choosing: As for `make`.
     """
 
     def draw(generator: torch.Generator, count: int = 0, n: int = batch) -> Batch:
@@ -170,17 +204,22 @@ def recall(
         return synthetic.associative_recall(n, length, count, n_keys, n_values, generator)
 
     def held_out(count: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(HELD_OUT + count)
+        generator = torch.Generator().manual_seed(_held_out_seed(count, choosing))
         return [draw(generator, count, tests)]
 
     return Task(
         vocab_size=1 + n_keys + n_values,
         batches=lambda seed, steps: Batches(draw, steps, seed),
         tests={f"{count} pairs": held_out(count) for count in pairs},
+        trained=tuple(f"{count} pairs" for count in pairs),
     )
 
 
-def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int) -> Task:
+def _held_out_seed(number: int, choosing: bool) -> int:
+    return HELD_OUT + 2 * number + choosing
+
+
+def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int, choosing: bool) -> Task:
     """Copying of random symbols: trained on the first length, scored on all.
 
     Args:
@@ -188,10 +227,11 @@ def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int) -> Ta
         n_symbols: Different symbols.
         batch: Sequences in a batch.
         tests: Held-out sequences of each length.
+        choosing: As for `make`.
     """
 
     def held_out(length: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(HELD_OUT + length)
+        generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
         return [synthetic.copying(tests, length, n_symbols, generator)]
 
     return Task(
@@ -202,10 +242,11 @@ def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int) -> Ta
             seed,
         ),
         tests={f"copy {length}": held_out(length) for length in lengths},
+        trained=(f"copy {lengths[0]}",),
     )
 
 
-def group(*, name: str, lengths: list[int], batch: int, tests: int) -> Task:
+def group(*, name: str, lengths: list[int], batch: int, tests: int, choosing: bool) -> Task:
     """The word problem of a group, trained on the first length; all lengths are scored on their
     last quarter.
 
@@ -214,10 +255,11 @@ def group(*, name: str, lengths: list[int], batch: int, tests: int) -> Task:
         lengths: Numbers of elements, the first is that of training.
         batch: Sequences in a batch.
         tests: Held-out sequences of each length.
+        choosing: As for `make`.
     """
 
     def held_out(length: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(HELD_OUT + length)
+        generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
         return [synthetic.group_words(tests, length, name, generator)]
 
     return Task(
@@ -228,6 +270,7 @@ def group(*, name: str, lengths: list[int], batch: int, tests: int) -> Task:
             seed,
         ),
         tests={f"{name} {length}": held_out(length) for length in lengths},
+        trained=(f"{name} {lengths[0]}",),
         late=True,
     )
 
@@ -242,6 +285,7 @@ def chain(
     temperature: float,
     batch: int,
     tests: int,
+    choosing: bool,
 ) -> Task:
     """Recall and a second-order chain in one sequence, scored apart: the share of right answers,
     and the loss of the chain above that of who knows it.
@@ -255,22 +299,32 @@ def chain(
         temperature: Of the chain.
         batch: Sequences in a batch.
         tests: Held-out sequences.
+        choosing: As for `make`.
     """
     fixed = torch.Generator().manual_seed(HELD_OUT)
     odds = synthetic.second_order_chain(n_symbols, temperature, fixed)
     sizes = (length, pairs, n_keys, n_values, odds)
-    x, y, best = synthetic.recall_in_chain(tests, *sizes, fixed)
+    held_out = torch.Generator().manual_seed(_held_out_seed(0, choosing))
+
+    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Without the first symbol's target: what came before that symbol is not shown."""
+        x, y, best = synthetic.recall_in_chain(n, *sizes, generator)
+        first = (x < n_symbols).int().argmax(1, keepdim=True)
+        return x, y.scatter(1, first, IGNORE), best.scatter(1, first, 0.0)
+
+    x, y, best = draw(tests, held_out)
     symbol = (y >= 0) & (y < n_symbols)
     return Task(
         vocab_size=n_symbols + n_keys + n_values,
         batches=lambda seed, steps: Batches(
-            lambda generator: synthetic.recall_in_chain(batch, *sizes, generator)[:2], steps, seed
+            lambda generator: draw(batch, generator)[:2], steps, seed
         ),
         tests={
             "both": [(x, y)],
             "recall": [(x, y.masked_fill(symbol, IGNORE))],
             "chain": [(x, y.masked_fill(~symbol, IGNORE))],
         },
+        trained=("both",),
         losses=("both", "chain"),
         floor={"chain": best[symbol].mean().item()},
     )
@@ -287,25 +341,30 @@ def mixed(
     tests: int,
     test_bytes: int,
     data_dir: str,
+    choosing: bool,
 ) -> Task:
     """Half of each batch is text, half recall, in one vocabulary; scored apart.
+
+    The loss is the mean over all targets, of which text has by far the most.
 
     Args:
         corpus, test_bytes, data_dir: As for `language`.
         length: Tokens of a window and of a recall sequence.
         pairs, n_keys, n_values, tests: As for `recall`.
         batch: Sequences in a batch, an even number.
+        choosing: As for `make`.
     """
     words = language(
         corpus=corpus,
         length=length,
-        long=length,
+        long=4 * length,
         batch=batch // 2,
         test_bytes=test_bytes,
         data_dir=data_dir,
+        choosing=choosing,
     )
     own = {"length": length, "pairs": pairs, "n_keys": n_keys, "n_values": n_values}
-    facts = recall(batch=batch // 2, tests=tests, **own)
+    facts = recall(batch=batch // 2, tests=tests, choosing=choosing, **own)
 
     def shifted(found: Batch) -> Batch:
         """Keys and values come after the 256 bytes, the filler with them."""
@@ -323,4 +382,10 @@ def mixed(
 
     held_out = {"text": words.tests["text"]}
     held_out |= {name: [shifted(b) for b in found] for name, found in facts.tests.items()}
-    return Task(vocab_size=256 + facts.vocab_size, batches=Both, tests=held_out, losses=("text",))
+    return Task(
+        vocab_size=256 + facts.vocab_size,
+        batches=Both,
+        tests=held_out,
+        trained=tuple(held_out),
+        losses=("text",),
+    )

@@ -13,7 +13,7 @@ widths are those of flash-linear-attention's layers.
     HybridLanguageModel   r linear blocks, then one with softmax attention, repeated
 
 Shapes: B batch, T tokens, D model width, H heads, K key and V value channels of a head, L layers.
-All mixers scale q by K^(-1/2), and obey the contract of `gatebook.layers.language`.
+All mixers with a q scale it by K^(-1/2), and all obey the contract of `gatebook.layers.language`.
 """
 
 import math
@@ -360,6 +360,8 @@ def _hybrid(name: Linear, ratio: int, *, softmax_first: bool = False) -> Callabl
 
     def make(sizes: Any) -> list[nn.Module]:
         d, h, n = sizes.d_model, sizes.n_heads, sizes.n_layers
+        if n % (ratio + 1 if ratio > 0 else 1):
+            raise ValueError(f"{name} {ratio}:1 needs a multiple of {ratio + 1} blocks; got {n}")
         config = HybridConfig(
             linear=name, ratio=ratio, softmax_first=softmax_first, d_model=d, n_layers=n
         )
@@ -369,17 +371,26 @@ def _hybrid(name: Linear, ratio: int, *, softmax_first: bool = False) -> Callabl
         if bounds is not None:
             made[0].add_module("shared_bounds", bounds)  # so that the table is trained
         by_layer = dict(zip(linear, made, strict=True))
-        heads = max(1, d // 64)  # of width 64, as at the paper's sizes
+        heads = max(1, d // 64)  # of width 64
         return [by_layer.get(i) or Attention(d, heads) for i in range(n)]
 
     return make
 
 
 MIXERS = {name: _hybrid(name, -1) for name in get_args(Linear)}
-MIXERS["linear"] = lambda s: [
-    GLA(GLAConfig(d_model=s.d_model, n_layers=1, n_heads=s.n_heads, gate="none"))
-    for _ in range(s.n_layers)
-]
+
+
+def _gla(gate: str) -> Callable:
+    """GLA with another gate, for `gatebook.mixers`."""
+
+    def make(sizes: Any) -> list[nn.Module]:
+        config = GLAConfig(d_model=sizes.d_model, n_layers=1, n_heads=sizes.n_heads, gate=gate)
+        return [GLA(config) for _ in range(sizes.n_layers)]
+
+    return make
+
+
+MIXERS |= {"linear": _gla("none"), "gla_fixed": _gla("fixed")}
 HYBRIDS = {
     f"{name} {ratio}:1": _hybrid(name, ratio) for name in get_args(Linear) for ratio in (1, 3, 7)
 }
