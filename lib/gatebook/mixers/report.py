@@ -65,12 +65,30 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, len(values) - 1) * spread / math.sqrt(len(values)))
 
 
+WIDEST = 7  # columns of a table, beside that of the names
+
+
 def table_html(kept: list[Row]) -> str:
     """Mixers by conditions, mean and interval over seeds; see `table`."""
     final = [row for row in kept if not row["choosing"] and row["condition"] != "loss"]
-    mixers = list(dict.fromkeys(row["mixer"] for row in final))
     columns = list(dict.fromkeys((row["task"], row["condition"]) for row in final))
+    parts: list[list[tuple[str, str]]] = []
+    for task in dict.fromkeys(task for task, _ in columns):
+        own = [column for column in columns if column[0] == task]
+        if parts and len(parts[-1]) + len(own) <= WIDEST:
+            parts[-1] += own
+        else:
+            parts.append(own)
     rates = sorted({row["lr"] for row in kept if row["choosing"]})
+    tables = "".join(_part_html(final, part, rates) for part in parts)
+    return (
+        '<div class="gb-scroll" role="region" tabindex="0" aria-label="Scores of the mixers">'
+        f"{tables}</div>"
+    )
+
+
+def _part_html(final: list[Row], columns: list[tuple[str, str]], rates: list[float]) -> str:
+    mixers = list(dict.fromkeys(row["mixer"] for row in final))
     found = {
         (mixer, task, condition): _summary(final, mixer, task, condition)
         for mixer in mixers
@@ -85,11 +103,10 @@ def table_html(kept: list[Row]) -> str:
             cells += _cell(found[mixer, task, condition], column, task == "text", rates)
         body += f'<tr><th scope="row">{html.escape(mixer)}</th>{cells}</tr>'
     return (
-        '<div class="gb-scroll" role="region" tabindex="0" aria-label="Scores of the mixers">'
-        '<table style="min-width: 60%"><caption>Loss in nats a byte for text, share of right '
-        "answers elsewhere; ± 95 % interval; below, the learning rate</caption><thead><tr>"
-        f'<th scope="col">mixer</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        '<table style="min-width: 60%; white-space: nowrap"><caption style="white-space: normal">'
+        "Loss in nats a byte for text, share of right answers elsewhere; ± 95 % interval; below, "
+        'the learning rate</caption><thead><tr><th scope="col">mixer</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
@@ -125,7 +142,9 @@ def _cell(found: dict, column: list[dict], lower: bool, rates: list[float]) -> s
     best = max((c for c in column if c["mean"] is not None), key=lambda c: sign * c["mean"])
     ties = sign * (best["mean"] - found["mean"]) <= best["half"] + found["half"]
     end = "*" if len(rates) > 1 and found["lr"] in (rates[0], rates[-1]) else ""
-    text = f"{found['mean']:.3f}" + (f" ± {found['half']:.3f}" if found["half"] else "")
+    digits = 3 if lower else 2
+    text = f"{found['mean']:.{digits}f}"
+    text += f" ± {found['half']:.{digits}f}" if found["half"] else ""
     rate = f"<br><small>{found['lr']:g}{end}</small>"
     return f"<td>{f'<strong>{text}</strong>' if ties else text}{rate}</td>"
 
