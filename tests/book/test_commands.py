@@ -1,5 +1,7 @@
 """Every command that a page or the README shows exists, with the options that are shown."""
 
+import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -14,13 +16,25 @@ from gatebook.evidence import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").glob("*.md"))]
-KNOWN = {"make", "gatebook", "papermill", "python", "source"}
+KNOWN = {"make", "gatebook", "papermill", "python", "source", "tail", "torchrun"}
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a page's `bash` blocks."""
+    """The commands of a page's `bash` blocks, without comments; one may have several lines."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [command for block in blocks for command in _whole(block)]
+
+
+def _whole(block: str) -> list[str]:
+    found, open_lines = [], ""
+    for line in block.replace("\\\n", "").splitlines():
+        if not open_lines and (not line.strip() or line.startswith("#")):
+            continue
+        open_lines += line + "\n"
+        if open_lines.count('"') % 2 == 0:
+            found.append(open_lines.strip())
+            open_lines = ""
+    return found
 
 
 def check(command: str) -> None:
@@ -41,8 +55,36 @@ def check(command: str) -> None:
         raise ValueError(f"no notebook {words[0]!r}")
     if program == "gatebook":
         _check_gatebook(words)
-    if program == "python":
+    if program == "python" and words[0] == "-c":
+        _check_code(words[1])
+    elif program == "python":
         _check_benchmark(*words)
+    if program == "torchrun":
+        _check_torchrun(words)
+
+
+def _check_code(code: str) -> None:
+    """What the code imports is there, and so are the attributes that it takes from it."""
+    tree, names = ast.parse(code), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        owner = getattr(getattr(node, "value", None), "id", None)  # of an attribute
+        if owner in names and not hasattr(names[owner], node.attr):
+            raise ValueError(f"no {node.attr!r} in {owner}")
+
+
+def _check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    try:
+        options = get_args_parser().parse_args(words)
+    except SystemExit as error:
+        raise ValueError(f"no such options: {' '.join(words)}") from error
+    if importlib.util.find_spec(options.training_script) is None:
+        raise ValueError(f"no module {options.training_script!r}")
 
 
 def _check_benchmark(script: str, *words: str) -> None:
@@ -96,6 +138,9 @@ def test_shown_command_exists(page: str, command: str) -> None:
         "python benchmarks/kernels.py gpus",
         "python benchmarks/kernels.py gpu --cases none",
         "curl example.org",
+        "python -c 'from gatebook import models; models.lode(1)'",
+        "torchrun --nnodez 2 -m gatebook.training.launch job.json",
+        "torchrun --nnodes 2 -m gatebook.training.nowhere job.json",
     ],
 )
 def test_planted_wrong_command_is_caught(command: str) -> None:
