@@ -5,15 +5,14 @@ import itertools
 import pytest
 import torch
 
-from gatebook.data.synthetic import (
-    IGNORE,
+from gatebook.data.groups import group_table, group_words
+from gatebook.data.recall import (
     associative_recall,
     copying,
-    group_table,
-    group_words,
     recall_in_chain,
     second_order_chain,
 )
+from gatebook.data.synthetic import IGNORE
 
 
 def generator(seed=0):

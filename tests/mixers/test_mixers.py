@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from gatebook import measure, mixers, models
-from gatebook.data.synthetic import IGNORE, second_order_chain
+from gatebook.data.recall import second_order_chain
+from gatebook.data.synthetic import IGNORE
 from gatebook.mixers import Sizes, compare, tasks
 
 EXAMPLE = Path(__file__).with_name("example.py")

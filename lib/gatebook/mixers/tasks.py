@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatebook.data import synthetic, text
+from gatebook.data import groups, text
+from gatebook.data import recall as memory
 from gatebook.data.synthetic import IGNORE
 from gatebook.errors import unknown
 
@@ -201,7 +202,7 @@ def recall(
 
     def draw(generator: torch.Generator, count: int = 0, n: int = batch) -> Batch:
         count = count or pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
-        return synthetic.associative_recall(n, length, count, n_keys, n_values, generator)
+        return memory.associative_recall(n, length, count, n_keys, n_values, generator)
 
     def held_out(count: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(_held_out_seed(count, choosing))
@@ -232,12 +233,12 @@ def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int, choos
 
     def held_out(length: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
-        return [synthetic.copying(tests, length, n_symbols, generator)]
+        return [memory.copying(tests, length, n_symbols, generator)]
 
     return Task(
         vocab_size=n_symbols + 1,
         batches=lambda seed, steps: Batches(
-            lambda generator: synthetic.copying(batch, lengths[0], n_symbols, generator),
+            lambda generator: memory.copying(batch, lengths[0], n_symbols, generator),
             steps,
             seed,
         ),
@@ -260,12 +261,12 @@ def group(*, name: str, lengths: list[int], batch: int, tests: int, choosing: bo
 
     def held_out(length: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
-        return [synthetic.group_words(tests, length, name, generator)]
+        return [groups.group_words(tests, length, name, generator)]
 
     return Task(
-        vocab_size=len(synthetic.group_table(name)),
+        vocab_size=len(groups.group_table(name)),
         batches=lambda seed, steps: Batches(
-            lambda generator: synthetic.group_words(batch, lengths[0], name, generator),
+            lambda generator: groups.group_words(batch, lengths[0], name, generator),
             steps,
             seed,
         ),
@@ -302,13 +303,13 @@ def chain(
         choosing: As for `make`.
     """
     fixed = torch.Generator().manual_seed(HELD_OUT)
-    odds = synthetic.second_order_chain(n_symbols, temperature, fixed)
+    odds = memory.second_order_chain(n_symbols, temperature, fixed)
     sizes = (length, pairs, n_keys, n_values, odds)
     held_out = torch.Generator().manual_seed(_held_out_seed(0, choosing))
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Without the first symbol's target: what came before that symbol is not shown."""
-        x, y, best = synthetic.recall_in_chain(n, *sizes, generator)
+        x, y, best = memory.recall_in_chain(n, *sizes, generator)
         first = (x < n_symbols).int().argmax(1, keepdim=True)
         return x, y.scatter(1, first, IGNORE), best.scatter(1, first, 0.0)
 
