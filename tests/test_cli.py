@@ -45,7 +45,7 @@ def test_help_names_every_command_and_shows_where_to_start() -> None:
         (("estimate", "swin", "--gpus", "7"), "do not share a global batch of 1024 evenly"),
         (("estimate", "swin", "--gpu", "Potato"), "'Potato' is not known"),
         (("estimate", "gla", "--arm", "vectr"), "'vectr'. Did you mean 'vector'?"),
-        (("data", "cifar"), "unknown data set 'cifar'. Did you mean 'cifar10'?"),
+        (("data", "cifar"), "unknown data set 'cifar'. Did you mean 'cifar10' or 'cifar100'?"),
     ],
 )
 def test_bad_input_says_what_is_allowed_before_anything_starts(
@@ -115,19 +115,24 @@ def test_a_failing_cell_exits_1_names_the_cell_and_keeps_the_notebook(copy: Path
     assert "planted" in (copy / "runs/gla-small.ipynb").read_text()
 
 
-def test_ctrl_c_keeps_the_notebook_and_the_old_evidence(copy: Path) -> None:
+@pytest.mark.parametrize("words", [["--record"], ["--update"]])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 143)])
+def test_a_signal_keeps_the_notebook_and_the_old_evidence(
+    copy: Path, name: str, code: int, words: list[str]
+) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     before = ledger.evidence_path(copy, "gla", "small").read_text()
     _break(
         copy,
-        "import os, signal\nprint('so far')\nos.kill(os.getppid(), signal.SIGINT)\n"
+        f"import os, signal\nprint('so far')\nos.kill(os.getppid(), signal.{name})\n"
         "import time; time.sleep(20)",
     )
-    result = _call("run", "gla", "--record")
-    assert result.exit_code == 1
-    assert "Aborted" in result.output
+    result = _call("run", "gla", *words)
+    assert result.exit_code == code
+    assert ("Aborted" in result.output) == (name == "SIGINT")
     assert (copy / "runs/gla-small.ipynb").is_file()
     assert ledger.evidence_path(copy, "gla", "small").read_text() == before
+    assert [p.name for p in (copy / "results/gla").glob(".*")] == []
 
 
 @pytest.mark.parametrize(

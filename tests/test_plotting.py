@@ -43,3 +43,20 @@ def test_ink_is_readable_on_light_and_dark() -> None:
     for page in ("#ffffff", "#14181e"):
         high, low = sorted((ink, luminance(page)), reverse=True)
         assert (high + 0.05) / (low + 0.05) > 4
+
+
+def test_accuracy_against_cost_has_a_dot_a_seed_and_a_bar_at_the_mean() -> None:
+    rows = [
+        {"arm": "one", "accuracy": [50.0, 60.0], "macs": 10.0, "time": 3.0},
+        {"arm": "two", "accuracy": [70.0], "macs": 20.0, "time": 2.0},
+    ]
+    fig = plotting.accuracy_against_cost(rows, "time (ms)")
+    for ax, key in zip(fig.axes, ("macs", "time"), strict=True):
+        drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+        for row in rows:
+            mean = sum(row["accuracy"]) / len(row["accuracy"])
+            assert ([row[key]] * len(row["accuracy"]), row["accuracy"]) in drawn
+            assert ([row[key]], [mean]) in drawn
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["one", "two"]
+    assert fig.axes[1].get_xlabel() == "time (ms)"
+    plt.close(fig)

@@ -13,14 +13,14 @@ import yaml
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A copy of the checkout with a scaffolded chapter `svt`."""
+    """A copy of the checkout with a scaffolded chapter `gtrxl`."""
     target = tmp_path_factory.mktemp("checkout")
     shutil.copytree(root / "lib", target / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("chapters", "tests/models"):
         (target / name).mkdir(parents=True)
     shutil.copytree(root / "book", target / "book", ignore=shutil.ignore_patterns("_static"))
     shutil.copy(root / "_toc.yml", target)
-    done = _gatebook(target, "new", "svt")
+    done = _gatebook(target, "new", "gtrxl")
     assert done.returncode == 0, done.stderr
     return target
 
@@ -36,23 +36,28 @@ def _gatebook(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_touches_six_files(checkout: Path) -> None:
+def test_it_touches_six_files(checkout: Path, root: Path) -> None:
     for name in (
-        "chapters/svt.yml",
-        "chapters/svt.ipynb",
-        "lib/gatebook/models/svt.py",
-        "tests/models/test_svt.py",
+        "chapters/gtrxl.yml",
+        "chapters/gtrxl.ipynb",
+        "lib/gatebook/models/gtrxl.py",
+        "tests/models/test_gtrxl.py",
     ):
         assert (checkout / name).is_file()
     toc = yaml.safe_load((checkout / "_toc.yml").read_text())
-    vision = next(part for part in toc["parts"] if part.get("caption") == "Vision backbones")
-    assert {"file": "chapters/svt"} in vision["chapters"]
-    assert re.search(r"@\w+\{svt,", (checkout / "book/references.bib").read_text())
+    found = next(
+        part for part in toc["parts"] if part.get("caption") == "Sound, images with text, control"
+    )
+    assert {"file": "chapters/gtrxl"} in found["chapters"]
+    lines = (checkout / "_toc.yml").read_text().splitlines()
+    lines.remove("  - file: chapters/gtrxl")
+    assert lines == (root / "_toc.yml").read_text().splitlines()  # one line, and no other changes
+    assert re.search(r"@\w+\{gtrxl,", (checkout / "book/references.bib").read_text())
 
 
 def test_its_own_test_passes(checkout: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/models/test_svt.py"],
+        [sys.executable, "-m", "pytest", "-q", "tests/models/test_gtrxl.py"],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout / "lib")},
         capture_output=True,
@@ -63,23 +68,23 @@ def test_its_own_test_passes(checkout: Path) -> None:
 
 
 def test_it_runs_records_and_is_refused_until_it_is_filled(checkout: Path) -> None:
-    done = _gatebook(checkout, "run", "svt", "--update")
+    done = _gatebook(checkout, "run", "gtrxl", "--update")
     assert done.returncode == 0, done.stderr
-    assert (checkout / "results/svt/small.json").is_file()
-    refused = _gatebook(checkout, "verify", "svt")
+    assert (checkout / "results/gtrxl/small.json").is_file()
+    refused = _gatebook(checkout, "verify", "gtrxl")
     assert refused.returncode == 1
     assert "'FILL IN' left to replace" in refused.stdout
-    notebook = checkout / "chapters/svt.ipynb"
-    model = checkout / "lib/gatebook/models/svt.py"
+    notebook = checkout / "chapters/gtrxl.ipynb"
+    model = checkout / "lib/gatebook/models/gtrxl.py"
     for path in (notebook, notebook.with_suffix(".yml"), model):
         path.write_text(path.read_text().replace("FILL IN", "Filled"))
-    assert _gatebook(checkout, "run", "svt", "--update").returncode == 0
-    accepted = _gatebook(checkout, "verify", "svt")
+    assert _gatebook(checkout, "run", "gtrxl", "--update").returncode == 0
+    accepted = _gatebook(checkout, "verify", "gtrxl")
     assert accepted.stdout == "1 chapter(s) checked, 0 fault(s)\n"
 
 
 def test_a_second_scaffold_and_a_bad_slug_are_refused(checkout: Path) -> None:
-    again = _gatebook(checkout, "new", "svt")
+    again = _gatebook(checkout, "new", "gtrxl")
     assert again.returncode == 1
     assert "exists already; nothing was written" in again.stderr
     assert "lower-case words" in _gatebook(checkout, "new", "S V T").stderr

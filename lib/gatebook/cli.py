@@ -1,5 +1,6 @@
 """The command `gatebook`: run chapters, look at evidence, add papers."""
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def run(
     output = output or Path("runs") / f"{slug}-{scale}.ipynb"
     started = time.perf_counter()
     together = ledger.restored_on_failure(root, slug, scale) if update else nullcontext()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up
     with _reported(), together:
         failure = runner.execute(root, slug, parameters, output)
         if failure:
@@ -312,7 +314,7 @@ def new(slug: str) -> None:
 @click.option("--data-dir", default="", help="Folder with local copies.")
 def data(name: str | None, data_dir: str) -> None:
     """List the data sets, or check that NAME can be had and has the right columns."""
-    from gatebook.data import sources
+    from gatebook.data.images import sources  # with those of pictures
 
     if name is None:
         for key in sources.DATASETS:

@@ -279,7 +279,7 @@ def _price(run: Run, confirm: bool) -> None:
 
 def _check_data(name: str, data_dir: str) -> None:
     """Open a data set and read its first row, so that what is missing is said before the work."""
-    from gatebook.data import sources
+    from gatebook.data.images import sources  # with those of pictures
 
     if name not in sources.DATASETS:
         return  # generated, or chosen by a parameter of the chapter

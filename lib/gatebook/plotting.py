@@ -7,6 +7,7 @@ Colours are Okabe and Ito's palette, safe for the common colour-vision deficienc
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -47,6 +48,16 @@ METHODS: dict[str, str] = {
     "deltanet": "#7a6ff0",
     "gated deltanet": "#aa3377",
     "gam": BLUE,
+    "lstm": "#3b3b3b",
+    "mlp-mixer": "#b5b5b5",
+    "hornet": "#2e8b57",
+    "shvit": "#aa3377",
+    "convit": "#5c6e91",
+    "activator": "#a97c50",
+    "ninformer": "#88ccee",
+    "svt": PURPLE,
+    "gated swinrmt": "#7a6ff0",
+    "vit reparam": "#8f5d7f",
     "swin": ORANGE,
     "mossformer": YELLOW,
 }
@@ -100,6 +111,31 @@ def color(method: str) -> str:
 def series(index: int) -> str:
     """The colour of a chapter's variant number `index`, counted from 0 (at most eight)."""
     return [BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, YELLOW, GREY][index]
+
+
+def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], time_label: str) -> Figure:
+    """Accuracy of some arms against their operations and against their measured time.
+
+    Args:
+        rows: For each arm `arm` (its name), `accuracy` (per cent, one a seed), `macs` (10⁶
+            multiply-adds of an image) and `time`; at most eight.
+        time_label: What `time` is, with its unit.
+
+    Returns:
+        Two panels with one scale of accuracy: a dot for each seed, a bar at the mean.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.3), sharey=True)
+    for number, row in enumerate(rows):
+        shade, found = series(number), list(row["accuracy"])
+        for ax, cost in zip(axes, (row["macs"], row["time"]), strict=True):
+            ax.plot([cost] * len(found), found, "o", color=shade, alpha=0.5, ms=5)
+            ax.plot(cost, sum(found) / len(found), "_", color=shade, ms=18, mew=2.5)
+        axes[1].plot([], [], "s", color=shade, label=row["arm"])
+    for ax, label in zip(axes, ("multiply-adds of an image (10⁶)", time_label), strict=True):
+        ax.set(xlabel=label, xlim=(0, 1.1 * ax.dataLim.x1))
+    axes[0].set(ylabel="held-out accuracy (%)")
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return fig
 
 
 def show(fig: Figure, alt: str, caption: str) -> None:

@@ -111,7 +111,7 @@ def _check_gatebook(words: list[str]) -> None:
     except click.ClickException as error:
         raise ValueError(error.message) from error
     slug = context.params.get("slug")
-    scaffolded = "svt"  # CONTRIBUTING's example; tests/test_scaffold.py runs it
+    scaffolded = "gtrxl"  # CONTRIBUTING's example; tests/test_scaffold.py runs it
     if slug and slug not in {*ledger.chapters(ROOT), scaffolded}:
         raise ValueError(f"no chapter {slug!r}")
 

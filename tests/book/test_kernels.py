@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gatebook.book import kernels, tiles
-from gatebook.book.kernels import Results, Target
+from gatebook.book import kernels, targets, tiles
+from gatebook.book.kernels import Results
+from gatebook.book.targets import Target
 from gatebook.measure import records
 from gatebook.measure.records import Record, Run
 
@@ -61,7 +62,29 @@ def test_the_cpu_part_states_the_crossover() -> None:
 def test_what_was_not_measured_says_so(part: str) -> None:
     text = words(kernels.PARTS[part](Results((), ())))
     assert "Not measured yet" in text or "not measured" in text
-    assert "benchmarks/kernels.py" in text or part == "targets"
+    script = "benchmarks/training.py" if part == "models" else "benchmarks/kernels.py"
+    assert script in text or part == "targets"
+
+
+def test_whole_models_are_shown_in_tokens_a_second() -> None:
+    """The newest run of a length counts; 1,024 tokens in 2 ms are 512,000 a second."""
+    runs = [
+        planted(
+            date=date,
+            about={"suite": "training", "versions": {}, "tokens": 1024},
+            records=tuple(
+                Record(case="gla-340m-training", metric=metric, T=512, method=method, value=value)
+                for method, step in steps.items()
+                for metric, value in (("step", step), ("memory", 2048.0))
+            ),
+        )
+        for date, steps in (("2026-02", {"ours": 2.0, "fla": 3.0}), ("2026-01", {"ours": 9.0}))
+    ]
+    results = Results((), (), tuple(runs))
+    text = words(kernels.models(results))
+    assert re.search(r"ours\s+512,000\s+2 GiB", text)
+    assert re.search(r"flash-linear-attention\s+341,333", text)
+    assert results.ratios("gla-340m-training", "step", "fla") == {512: 1.5}
 
 
 def test_a_trial_of_the_gpu_suite_on_a_cpu_is_not_shown(
@@ -94,24 +117,25 @@ def test_a_target_is_judged_by_its_rule(
     target = Target(
         words="", case="gla-340m", metric="fwd", kind=kind, reach=reach, baseline=baseline
     )
-    got = kernels.reached(target, Results((planted(),), ()))
+    got = targets.reached(target, Results((planted(),), ()))
     assert got == (None if value is None else pytest.approx(value, rel=1e-3))
-    assert kernels.outcome(target, value) == verdict
+    assert targets.outcome(target, value) == verdict
 
 
 def test_a_target_of_which_a_length_is_missing_is_not_reached_in_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fields = {"words": "w", "case": "gla-340m", "metric": "fwd", "kind": "at most", "reach": 1.0}
-    monkeypatch.setattr(kernels, "all_targets", lambda: (Target(**fields, lengths=(1024, 4096)),))
-    assert "reached at 1024; the rest not measured" in kernels.targets(Results((planted(),), ()))
-    monkeypatch.setattr(kernels, "all_targets", lambda: (Target(**fields, lengths=LENGTHS),))
-    assert "not measured" not in kernels.targets(Results((planted(),), ()))
+    monkeypatch.setattr(targets, "all_targets", lambda: (Target(**fields, lengths=(1024, 4096)),))
+    assert "reached at 1024; the rest not measured" in targets.table_of(Results((planted(),), ()))
+    monkeypatch.setattr(targets, "all_targets", lambda: (Target(**fields, lengths=LENGTHS),))
+    assert "not measured" not in targets.table_of(Results((planted(),), ()))
 
 
 def test_every_target_names_a_case_and_a_method_that_are_measured() -> None:
-    script = (ROOT / "benchmarks" / "kernels.py").read_text("utf-8")
-    for target in kernels.all_targets():
+    files = (ROOT / "benchmarks" / name for name in ("kernels.py", "training.py"))
+    script = "".join(file.read_text("utf-8") for file in files)
+    for target in targets.all_targets():
         for name in filter(None, (target.case, target.metric, target.baseline)):
             assert f'"{name}"' in script
         assert target.kind in ("at most", "times faster", "times as long", "of the floor")

@@ -1,5 +1,6 @@
 """The table of prices counts what `gatebook estimate` counts."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def test_every_full_run_has_a_row(html: Path) -> None:
     page = (html / "book" / "scaling.html").read_text(encoding="utf-8")
     for slug in ledger.chapters(provenance.root()):
         assert f'<th scope="row">{slug}' in page
+
+
+def test_the_page_is_read_again_when_prices_change(html: Path) -> None:
+    with (html.parent / ".doctrees" / "environment.pickle").open("rb") as file:
+        read = {Path(name).name for name in pickle.load(file).dependencies["book/scaling"]}
+    assert {"prices.json", "gla.yml"} <= read
 
 
 def test_kept_prices_are_up_to_date() -> None:

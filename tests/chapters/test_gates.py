@@ -35,7 +35,7 @@ def test_chapter_is_listed_in_the_contents_and_the_references(slug: str) -> None
 def test_effect_tests_have_three_seeds(slug: str) -> None:
     chapter = ledger.load_chapter(ROOT, slug)
     for scale in ("small", "medium"):
-        if any(test.direction != "equal" for test in chapter.tests(scale)):
+        if any(test.by_chance for test in chapter.tests(scale)):
             assert chapter.scales[scale].seeds >= 3
 
 

@@ -106,6 +106,32 @@ def test_the_generator_of_the_batches_can_be_saved_and_restored():
     assert all(torch.equal(a, b) for a, (_, b) in zip(first, batches, strict=True))
 
 
+def test_mixed_batches_have_probabilities_and_can_be_saved_and_restored():
+    pixels = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    data = images.Cifar(pixels, torch.arange(20), n_classes=20)
+    batches = images.CifarBatches(data, 5, seed=0, mixing=augment.Mixing(erase=0))
+    next(iter(batches))
+    state = batches.state_dict()
+    first = list(batches)
+    assert all(targets.shape == (5, 20) for _, targets in first)
+    assert any((targets > 0.05).sum() > 5 for _, targets in first)  # of two classes
+    torch.testing.assert_close(first[0][1].sum(1), torch.ones(5))
+    batches.load_state_dict(state)
+    for one, two in zip(first, batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_cifar100_has_fine_labels(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"img": [encode(np.zeros((32, 32, 3), np.uint8))] * 3, "fine_label": [99, 0, 7]}
+    (tmp_path / "cifar100").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "cifar100" / "train.parquet"))
+    data = images.cifar10("train", tmp_path, corpus="cifar100")
+    assert (data.labels.tolist(), data.n_classes) == ([99, 0, 7], 100)
+    with pytest.raises(ValueError, match="cifar100"):
+        images.cifar10("train", tmp_path, corpus="cifar")
+
+
 def test_too_few_images_for_a_batch_are_refused():
     data = images.Cifar(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3))
     with pytest.raises(ValueError, match="3 images are fewer than a batch of 4"):
@@ -137,7 +163,7 @@ def test_mixup_is_a_convex_combination_with_matching_targets():
     labels = torch.arange(6)
     seen = set()
     for seed in range(20):
-        mixed, targets = augment.mix(x, labels, 10, generator(seed))
+        mixed, targets = augment.Mixing(erase=0)(x, labels, 10, generator(seed))
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
         weight = (targets[0, 0] - 0.01) / 0.9
         torch.testing.assert_close(targets[0, 5], 0.9 * (1 - weight) + 0.01)
@@ -150,6 +176,37 @@ def test_mixup_is_a_convex_combination_with_matching_targets():
             seen.add("mixup")
             torch.testing.assert_close(mixed, weight * x + (1 - weight) * x.flip(0))
     assert seen == {"mixup", "cutmix"}
+
+
+@pytest.mark.parametrize("kept", ["mixup", "cutmix"])
+def test_one_kind_of_mixing_alone(kept):
+    x, labels = torch.randn(6, 3, 8, 8, generator=generator()), torch.arange(6)
+    mixing = augment.Mixing(**{"mixup": 0.0, "cutmix": 0.0, "erase": 0.0, kept: 1.0})
+    for seed in range(20):
+        mixed, _ = mixing(x, labels, 6, generator(seed))
+        whole = (torch.isclose(mixed, x) | torch.isclose(mixed, x.flip(0))).all()
+        assert whole == (kept == "cutmix")
+
+
+def test_without_mixing_targets_are_smoothed_labels():
+    x, labels = torch.randn(4, 3, 8, 8, generator=generator()), torch.tensor([2, 0, 1, 1])
+    mixing = augment.Mixing(mixup=0, cutmix=0, erase=0, smoothing=0.3)
+    mixed, targets = mixing(x, labels, 3, generator())
+    assert torch.equal(mixed, x)
+    torch.testing.assert_close(targets, 0.7 * F.one_hot(labels).float() + 0.1)
+
+
+def test_mixing_erases_first():
+    mixing = augment.Mixing(mixup=0, cutmix=0, erase=1.0)
+    x, labels = torch.zeros(50, 3, 16, 16), torch.zeros(50, dtype=torch.long)
+    mixed, _ = mixing(x, labels, 2, generator())
+    assert mixed.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("options", [{"mixup": -0.1}, {"smoothing": 1.0}, {"erase": 1.5}])
+def test_what_cannot_be_mixed_is_refused(options):
+    with pytest.raises(ValueError, match="got"):
+        augment.Mixing(**options)
 
 
 def test_random_erasing_touches_boxes_in_a_quarter_of_the_images():
@@ -227,3 +284,7 @@ def test_imagenet_pipeline_trains_a_small_swin_on_a_mirror(tmp_path):
         assert torch.equal(one, two)
     (x, labels), *rest = images.imagenet_validation(8, 32, workers=0, data_dir=tmp_path)
     assert (x.shape, labels.tolist(), rest) == ((6, 3, 32, 32), [0, 1, 2, 3, 4, 5], [])
+    write_mirror(tmp_path, "mini-imagenet", "test", "image", 3, 40)
+    options = {"workers": 0, "data_dir": tmp_path, "corpus": "mini-imagenet", "split": "test"}
+    tested = images.imagenet_validation(8, 32, **options)
+    assert [labels.tolist() for _, labels in tested] == [[0, 1, 2]]

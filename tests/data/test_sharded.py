@@ -111,3 +111,16 @@ def test_what_cannot_be_dealt_is_refused(options, message):
         Deal(10, size, 0, **options)
     with pytest.raises(ValueError, match="cannot be cut into 3"):
         batches(parts=3, processes=3)
+
+
+def test_repeated_rows_come_together_and_with_other_random_numbers():
+    """Of 8 rows, 3 times each, an epoch of 8 samples holds two and two thirds."""
+    keys = [key for step in range(4) for key in Deal(8, 4, 0, repeats=3)(step)]
+    rows = [row for _, row in keys]
+    for epoch in (rows[:8], rows[8:]):
+        assert len(set(epoch[0:3])) == len(set(epoch[3:6])) == len(set(epoch[6:8])) == 1
+        assert len(set(epoch)) == 3
+    assert len(set(keys)) == len(keys)  # the random numbers follow from the key
+    assert rows[:8] != rows[8:]
+    parts = [Deal(8, 4, 0, rank=r, processes=2, repeats=3)(1) for r in range(2)]
+    assert parts[0] + parts[1] == keys[4:8]

@@ -60,7 +60,9 @@ def test_the_slug_must_be_the_file_name(tmp_path: Path) -> None:
         ({"rationale": ""}, "`rationale`"),
         ({"direction": "equal"}, "`equal` needs"),
         ({"direction": "within", "margin": -1.0}, "positive margin"),
-        ({"tolerance": 0.5}, "belong to `equal`"),
+        ({"tolerance": 0.5}, "`tolerance` belongs to `equal`"),
+        ({"at_paper_configuration": True}, "belongs to `equal` or `exact`"),
+        ({"exact": True}, "`exact` goes with"),
     ],
 )
 def test_an_inconsistent_test_is_refused(tmp_path: Path, change: dict, problem: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from conftest import chapter_fields
-from gatebook.evidence import verdicts
+from gatebook.evidence import ledger, verdicts
 from gatebook.evidence.schema import Test
 
 
@@ -84,6 +84,33 @@ def test_one_wrong_observation_fails_an_exact_test() -> None:
     test = _value(direction="equal", margin="-", expected=100, rationale="-")
     outcome = verdicts.evaluate(test, _observed([100, 100, 99]))
     assert (outcome.verdict, outcome.estimate) == ("contradicted", 99)
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "paper", "verdict"),
+    [
+        ([0.4], "less", True, "reproduced"),
+        ([0.4, 0.3], "less", False, "supported"),
+        ([0.4, 0.6], "less", False, "contradicted"),
+        ([0.5], "less", False, "contradicted"),
+        ([0.6], "greater", False, "supported"),
+        ([math.nan], "greater", False, "inconclusive"),
+    ],
+)
+def test_counts_need_no_interval(
+    values: list[float], direction: str, paper: bool, verdict: str
+) -> None:
+    test = _value(exact=True, direction=direction, margin=0.5, at_paper_configuration=paper)
+    outcome = verdicts.evaluate(test, _observed(values))
+    assert outcome.verdict == verdict
+    assert "interval" not in outcome.rule
+    assert ledger.interval_text(outcome) == "exact"
+
+
+@pytest.mark.parametrize(("direction", "worst"), [("less", 0.4), ("greater", 0.3)])
+def test_of_several_counts_the_worst_is_shown(direction: str, worst: float) -> None:
+    test = _value(exact=True, direction=direction, margin=0.5)
+    assert verdicts.evaluate(test, _observed([0.4, 0.3])).estimate == worst
 
 
 def test_a_diverged_run_is_not_averaged_away() -> None:

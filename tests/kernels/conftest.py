@@ -52,6 +52,8 @@ def poisoned_memory():
 
         return allocate_nan
 
+    with torch.device("cpu"):
+        torch.empty(0)  # torch keeps which functions `torch.device` governs; let it keep its own
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -259,3 +259,19 @@ def test_without_triton_or_a_gpu_only_auto_works(setting, message):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert message in done.stdout
+
+
+def test_compiled_models_call_the_kernels_as_they_are():
+    """`torch.compile` must not trace into the launches, which it would translate wrongly."""
+    torch.manual_seed(0)
+    config = GLAConfig(vocab_size=7, d_model=32, n_layers=1, n_heads=2, backend="triton")
+    model, tokens = GLALanguageModel(config), torch.randint(7, (2, 20))
+    expected = model(tokens)
+    expected.sum().backward()
+    gradient = model.blocks[0].mixer.key.weight.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(tokens)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model.blocks[0].mixer.key.weight.grad, gradient)

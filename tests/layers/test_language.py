@@ -10,6 +10,7 @@ from gatebook.layers.language import (
     Attention,
     Block,
     Decoder,
+    RMSNorm,
     ShortConv,
     llama_width,
     rotate,
@@ -21,6 +22,32 @@ def decoder(**changes):
     mixers = [Attention(16, 4, n_kv_heads=2) for _ in range(2)]
     settings = {"vocab_size": 11, "d_model": 16, "mixers": mixers, "d_ff": 32}
     return Decoder(**(settings | changes)).double()
+
+
+def test_norm_is_torchs_without_autocast():
+    torch.manual_seed(0)
+    norm, plain, x = RMSNorm(16, eps=1e-5), nn.RMSNorm(16, eps=1e-5), torch.randn(3, 16)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    plain.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_under_autocast_is_in_its_type_and_correctly_rounded(dtype):
+    """One rounding each of input, weight and output: three half-steps of 2^-8."""
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64), 30 * torch.randn(9, 64).to(dtype)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    exact = F.rms_norm(x.double(), (64,), norm.weight.double(), norm.eps)
+    error = (y.double() - exact).abs() / exact.abs()
+    assert error.max() < 3.5 * 2**-8
+    y.float().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gatebook.measure.reach import gradient_reach, perturbation_reach
+from gatebook.measure.reach import gradient_reach, input_gradient, perturbation_reach
 
 
 def one_hot(tokens):
@@ -38,3 +38,33 @@ def test_gradient_survives_a_final_normalisation():
     norm = torch.nn.LayerNorm(6).double()
     size = gradient_reach(norm, x, 2, torch.Generator().manual_seed(1))
     assert size[2] > 1e-3
+
+
+def test_a_place_of_a_convolution_reads_its_neighbours():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 6, generator=draw).requires_grad_()
+    y = torch.nn.Conv2d(3, 4, 3, padding=1)(x)
+    size = input_gradient(y[:, :, 1, 4], x, draw)
+    expected = torch.zeros(5, 6, dtype=torch.bool)
+    expected[0:3, 3:6] = True
+    assert torch.equal(size > 0, expected)
+
+
+def test_a_map_with_its_channels_last_has_the_same_gradient():
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    first, last = x.clone().requires_grad_(), x.movedim(1, -1).clone().requires_grad_()
+    weight = torch.arange(16.0).view(4, 4)
+    one = input_gradient((first * weight).sum((2, 3)), first, torch.Generator().manual_seed(1))
+    two = input_gradient(
+        (last * weight[..., None]).sum((1, 2)), last, torch.Generator().manual_seed(1), channels=3
+    )
+    assert torch.equal(one, two)
+
+
+def test_what_is_no_place_or_no_channel_is_refused():
+    x = torch.randn(1, 3, 4, 4).requires_grad_()
+    draw = torch.Generator()
+    with pytest.raises(ValueError, match=r"one place of the output, \[B, E\]"):
+        input_gradient(x[..., 0], x, draw)
+    with pytest.raises(ValueError, match="channels must be in 1 to 3, got 4"):
+        input_gradient(x[..., 0, 0], x, draw, channels=4)

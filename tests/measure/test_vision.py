@@ -30,3 +30,26 @@ def test_a_model_is_scored_in_evaluation_mode():
 def test_nothing_to_score_is_refused():
     with pytest.raises(ValueError, match="no images"):
         vision.score(nn.Identity(), [])
+
+
+def test_head_similarity_equals_loops_over_pairs():
+    torch.manual_seed(0)
+    weights = torch.rand(2, 3, 4, 5).softmax(-1)
+    found = [
+        torch.cosine_similarity(weights[b, i, n], weights[b, j, n], dim=0)
+        for b in range(2)
+        for n in range(4)
+        for i in range(3)
+        for j in range(i)
+    ]
+    expected = torch.stack(found).mean().item()
+    assert vision.head_similarity(weights) == pytest.approx(expected, abs=1e-6)
+
+
+def test_head_similarity_of_equal_and_of_disjoint_heads():
+    same = torch.rand(2, 1, 4, 4).expand(2, 3, 4, 4)
+    assert vision.head_similarity(same) == pytest.approx(1)
+    apart = torch.eye(4)[None, :2, None].expand(1, 2, 3, 4)
+    assert vision.head_similarity(apart) == pytest.approx(0)
+    with pytest.raises(ValueError, match="1 head has no other"):
+        vision.head_similarity(same[:, :1])

@@ -1,8 +1,10 @@
 """Every mixer of the book: one budget, the contract, the tasks, and a whole comparison."""
 
 import importlib
+import json
 import math
 import pkgutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ BOOK = {
     "gated_deltanet",
     "mamba2",
     "gam",
+    "lstm",
 }
 
 
@@ -102,6 +105,14 @@ def test_every_parameter_gets_a_gradient(name):
     for parameter, tensor in model.named_parameters():
         assert tensor.grad is not None, parameter
         assert tensor.grad.abs().max() > 0, parameter
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_few_heads_are_enough(heads):
+    sizes = Sizes(d_model=32 * heads, n_heads=heads, n_layers=1)
+    for name, make in mixers.mixers().items():
+        model = mixers.build(make, 11, sizes)
+        assert model(torch.zeros(1, 4, dtype=torch.long)).isfinite().all(), name
 
 
 def test_mixers_that_are_too_large_or_too_few_raise():
@@ -298,6 +309,45 @@ def test_two_workers_find_what_one_finds():
     alone = compare.study(*args, file=str(EXAMPLE))
     together = compare.study(*args, file=str(EXAMPLE), workers=2)
     assert alone == together
+
+
+def test_scores_are_kept_and_an_error_loses_none(monkeypatch, tmp_path):
+    """A study that breaks at its third trial goes on from there, and ends like one that did not."""
+    log, seen = tmp_path / "runs" / "trials.jsonl", []
+
+    def told(trial):
+        seen.append((trial.lr, trial.seed))
+        if len(seen) == 3:
+            raise RuntimeError("out of memory")
+        return {"loss": trial.lr, "s3 32": float("nan")}
+
+    monkeypatch.setattr(compare, "run_trial", told)
+    study = partial(compare.study, ["gla"], {"s3": SETTINGS["s3"]}, [0.2, 0.1], [0, 1], log=log)
+    with pytest.raises(RuntimeError, match="memory"):
+        study()
+    log.write_text(log.read_text() + '\n{"trial": {"mixer": "gl')  # killed while writing
+    found = study()
+    chosen = compare.CHOICE_SEED
+    assert seen == [(0.2, chosen), (0.1, chosen), (0.1, 0), (0.1, 0), (0.1, 1)]
+    assert [scores["loss"] for _, scores in found] == [0.2, 0.1, 0.1, 0.1]
+    study()
+    assert len(seen) == 5
+
+
+def test_an_error_in_a_process_is_said_and_the_other_scores_are_kept(tmp_path):
+    """The mixers of the file are trained in processes; one of them cannot be."""
+    file, log = tmp_path / "mine.py", tmp_path / "trials.jsonl"
+    file.write_text(
+        EXAMPLE.read_text()
+        + '\nMIXERS["broken"] = lambda s: [torch.nn.Linear(1, 1) for _ in range(s.n_layers)]\n'
+    )
+    settings = {"s3": SETTINGS["s3"]}
+    names = ["running mean", "broken", "softmax"]
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (whatever torch raises)
+        compare.study(names, settings, [0.01], [0], file=str(file), workers=3, log=log)
+    assert "broken on s3" in caught.value.__notes__[0]
+    kept = {json.loads(line)["trial"]["mixer"] for line in log.read_text().split("\n") if line}
+    assert kept == {"running mean", "softmax"}
 
 
 def test_training_recalls_what_was_written():

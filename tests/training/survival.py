@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import accelerate  # noqa: F401  (before forking)
@@ -29,8 +30,12 @@ from gatebook.training import checkpoint
 STEPS, EVERY = 80, 5
 
 
-def forked(work: Callable[[], object], out: Path, killed_after: float = 0.0) -> int:
-    """Run `work` in a process of its own, its result as JSON in `out`; perhaps kill it.
+def forked(
+    work: Callable[[], object], out: Path, until: Callable[[], bool] | None = None, more: float = 0
+) -> int:
+    """Run `work` in a process of its own, its result as JSON in `out`.
+
+    With `until`, it is killed `more` seconds after that came true.
 
     Returns:
         The exit status, or minus the signal.
@@ -50,8 +55,12 @@ def forked(work: Callable[[], object], out: Path, killed_after: float = 0.0) -> 
             found["said"] = [str(w.message) for w in heard if "checkpoint" in str(w.message)]
             out.write_text(json.dumps(found))
             os._exit(status)
-    if killed_after:
-        time.sleep(killed_after)
+    if until:
+        while not until():
+            if (ended := os.waitpid(child, os.WNOHANG)) != (0, 0):
+                return os.waitstatus_to_exitcode(ended[1])
+            time.sleep(0.001)
+        time.sleep(more)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -60,12 +69,23 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("step-*") if not path.suffix)
 
 
+def _has_reached(folder: Path, step: int) -> bool:
+    return step == 0 or (folder / f"step-{step:08d}").exists()
+
+
 def kill(trials: int, at: Path, whole: list[float], seconds: float) -> None:
-    """SIGKILL at a random moment, resume, compare with the run that was left alone."""
+    """SIGKILL at a random moment, resume, compare with the run that was left alone.
+
+    The moment is some time after a random checkpoint, up to what as many steps take: a time after
+    the start would fall behind the end when other processes leave the machine.
+    """
     for trial in range(trials):
-        folder, out = at / f"kill-{trial}", at / "out.json"
-        wait = random.Random(trial).uniform(0.2, 0.75) * seconds
-        status = forked(lambda f=folder: worker.train(f, STEPS, checkpoint_every=EVERY), out, wait)
+        folder, out, rng = at / f"kill-{trial}", at / "out.json", random.Random(trial)
+        begun = EVERY * rng.randrange(11)
+        until = partial(_has_reached, folder, begun)
+        more = rng.uniform(0, EVERY) * seconds / STEPS
+        run = partial(worker.train, folder, STEPS, checkpoint_every=EVERY)
+        status = forked(run, out, until, more)
         left = steps_in(folder)
         first = left[-1] if left else 0
         last = min(STEPS, first + 20)

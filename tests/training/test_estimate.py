@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from gatebook import models
 from gatebook.training import Recipe, jobs
 from gatebook.training.estimate import activation_bytes, estimate
-from gatebook.training.jobs import Job, Task
+from gatebook.training.jobs import Job
+from gatebook.training.tasks import Task
 
 
 def task(model, sample, *, precision="fp32", batch=4) -> Task:
@@ -71,6 +72,7 @@ def test_recomputing_blocks_keeps_less():
         ("gla", "transformer", "tokens", 13351 * 16 * 16 * 2048),
         ("swin", "shifted", "images", 375_300 * 1024),
         ("mossformer", "joint", "seconds", 2_400_000 * 4),
+        ("shvit", "single", "images", 187_500 * 2048),  # batch norms over the head
     ],
 )
 def test_a_full_run_has_its_price(chapter, arm, unit, units):

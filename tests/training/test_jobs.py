@@ -1,7 +1,9 @@
 """Jobs: runs of chapters as plain data, on small mirrors with the schema of the real data."""
 
 import json
+import re
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from gatebook import models
 from gatebook.measure.sequence import sequence_loss
-from gatebook.training import jobs
+from gatebook.training import jobs, tasks
 from gatebook.training.jobs import Job
 from gatebook.training.metrics import logged_losses
 
@@ -111,6 +113,12 @@ def test_a_run_cut_short_has_a_folder_of_its_own():
     whole, short = (Job(chapter="gla", arm="vector", max_steps=n) for n in (0, 20))
     assert whole.path(Path("x")) == Path("x/runs/gla/full/vector-0")
     assert short.path(Path("x")) == Path("x/runs/gla/full/vector-0-first-20")
+    fair, other = (
+        replace(whole, settings={"corpus": "cifar10", "recipe": {"lr": lr}}).path(Path("x"))
+        for lr in (1e-3, 3e-4)
+    )
+    assert re.fullmatch(r"vector-0-cifar10-[0-9a-f]{8}", fair.name)
+    assert fair != other
 
 
 def test_max_steps_shortens_the_run(slimpajama):
@@ -170,9 +178,9 @@ def test_mossformer_trains_in_stages(libri2mix, tmp_path):
 def test_processes_share_the_global_batch(batch, accumulate, processes, largest, expected):
     if expected is None:
         with pytest.raises(ValueError, match="do not share a global batch of 1024 evenly"):
-            jobs.divide(batch, accumulate, processes, largest)
+            tasks.divide(batch, accumulate, processes, largest)
         return
-    size, parts = jobs.divide(batch, accumulate, processes, largest)
+    size, parts = tasks.divide(batch, accumulate, processes, largest)
     assert (size, parts) == expected
     assert size * parts * processes == batch * accumulate
 

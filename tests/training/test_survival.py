@@ -24,7 +24,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened():
     found = trials("kill", 20)
     assert len(found) == 20
     assert all(trial["bit_equal"] and trial["steps"] == 20 for trial in found)
-    assert sum(trial["killed"] for trial in found) >= 18  # the others had ended
+    assert all(trial["killed"] for trial in found)
     assert len({trial["resumed_from"] for trial in found}) > 3
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gatebook import models
 from gatebook.data.sharded import Deal, ShardedBatches
-from gatebook.training import Recipe, fit, jobs
+from gatebook.training import Recipe, fit, tasks
 
 SIZE = {"vocab_size": 31, "d_model": 32, "n_layers": 2, "n_heads": 2}
 
@@ -38,7 +38,7 @@ def train(folder: Path, steps: int, **options) -> list[float]:
     """The losses of the steps of this call."""
     torch.manual_seed(0)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    _, parts = jobs.divide(6, 2, processes, largest=3)  # at least two batches a step
+    _, parts = tasks.divide(6, 2, processes, largest=3)  # at least two batches a step
     data = ShardedBatches(rows(), Deal(200, 12, 0, rank=rank, processes=processes), parts=parts)
     recipe = Recipe(steps=steps, lr=3e-3, schedule="constant", warmup_steps=3, accumulate=parts)
     model = models.create("gla_340m", **SIZE, gate_rank=4)

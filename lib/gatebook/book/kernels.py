@@ -6,13 +6,10 @@ anywhere else. What was not measured says so.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from html import escape
-from importlib import resources
 from pathlib import Path
 
-import yaml
-
+from gatebook.book import targets
+from gatebook.book.tables import fold, number, table, times
 from gatebook.measure import records
 from gatebook.measure.records import Run
 
@@ -33,6 +30,9 @@ NAMES = {
     "causal": "one causal call",
     "floor": "floor",
     "copy": "a copy of as many bytes",
+    "ours-compiled": "ours, blocks compiled",
+    "llama": "Llama",
+    "llama-compiled": "Llama, blocks compiled",
 }
 HEADS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 TIMES = ("fwd", "fwdbwd")
@@ -45,9 +45,12 @@ class Results:
 
     gpu: tuple[Run, ...]
     cpu: tuple[Run, ...]
+    training: tuple[Run, ...] = ()  # of whole models, on the same kind of GPU
 
     def of(self, case: str) -> tuple[Run, ...]:
         """The runs that a case belongs to."""
+        if case.endswith("-training"):
+            return self.training
         return self.cpu if case.endswith("-cpu") else self.gpu
 
     def series(self, case: str, metric: str, method: str) -> dict[int, float]:
@@ -83,54 +86,17 @@ def load(root: Path) -> Results:
         RecordError: A results file cannot be read.
     """
     runs = records.load(root / RESULTS)
-    return Results(_of_newest_hardware(runs, "cuda"), _of_newest_hardware(runs, "cpu"))
+    suites = (("gpu", "cuda"), ("cpu", "cpu"), ("training", "cuda"))
+    return Results(*(_of_newest_hardware(runs, *suite) for suite in suites))
 
 
-def _of_newest_hardware(runs: Sequence[Run], device: str) -> tuple[Run, ...]:
-    suite = {"cuda": "gpu", "cpu": "cpu"}[device]  # a trial of the GPU suite on a CPU is not shown
+def _of_newest_hardware(runs: Sequence[Run], suite: str, device: str) -> tuple[Run, ...]:
+    """Runs of a suite on its device: a trial of the GPU suite on a CPU is not shown."""
     fitting = [run for run in runs if run.device == device and run.about["suite"] == suite]
     return tuple(run for run in fitting if run.hardware == fitting[0].hardware)
 
 
 # --- pieces ---------------------------------------------------------------------------------
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, trailing zeros too; without an exponent where that is readable."""
-    if value is None:
-        return "–"
-    if value and abs(value) < 1e-4:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
-def times(value: float) -> str:
-    """How many times better, to two digits."""
-    return f"{value:.0f} ×" if value >= 9.95 else f"{value:.{1 if value >= 1 else 2}f} ×"
-
-
-def table(
-    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "gb-numbers"
-) -> str:
-    """A table with a caption; each row's first cell is its head. Cells are plain text."""
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    label = escape(caption, quote=True)
-    return (
-        f'<div class="gb-scroll" role="region" aria-label="{label}" tabindex="0">'
-        f'<table class="{style}"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def fold(summary: str, html: str) -> str:
-    """Something long behind one line that opens it."""
-    return f'<details class="gb-fold"><summary>{escape(summary)}</summary>{html}</details>'
 
 
 def missing(device: str) -> str:
@@ -341,88 +307,28 @@ def training(results: Results) -> str:
     return times_table(results, "gla-1.3b", "fwdbwd", caption)
 
 
-# --- what was to be reached -----------------------------------------------------------------
+def models(results: Results) -> str:
+    """Training steps of whole models of 340M parameters: tokens a second, and memory.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A limit that was set before the kernels were written.
-
-    `kind` is "at most" (a value), "times faster" (baseline / ours, at least), "times as long"
-    (ours / baseline, at most) or "of the floor" (a fraction, at least). Over several lengths the
-    worst one counts.
+    Columns are lengths. Where several runs measured one number, the newest counts.
     """
-
-    words: str
-    case: str
-    metric: str
-    kind: str
-    reach: float
-    aim: float | None = None
-    baseline: str = ""
-    lengths: Sequence[int] = ()  # empty: every length that was measured
-
-
-@cache
-def all_targets() -> tuple[Target, ...]:
-    """The targets of ``targets.yml``, which lies beside this module."""
-    text = resources.files(__package__).joinpath("targets.yml").read_text("utf-8")
-    return tuple(Target(**entry) for entry in yaml.safe_load(text))
-
-
-def measured(target: Target, results: Results) -> dict[int, float]:
-    """What was measured for a target: length and value, or ratio, in the order of lengths."""
-    if target.kind == "at most":
-        found = results.series(target.case, target.metric, "ours")
-    else:
-        found = results.ratios(target.case, target.metric, target.baseline)
-    return {T: x for T, x in found.items() if not target.lengths or T in target.lengths}
-
-
-def reached(target: Target, results: Results) -> float | None:
-    """The worst of what was measured for a target; None if nothing was."""
-    values = measured(target, results).values()
-    if not values:
-        return None
-    worst = max(values) if target.kind == "at most" else min(values)
-    return 1 / worst if target.kind == "times as long" else worst
-
-
-def outcome(target: Target, value: float | None) -> str:
-    """Whether a target was met: "aim reached", "reached", "missed" or "not measured"."""
-    if value is None:
-        return "not measured"
-    sign = 1 if target.kind in ("at most", "times as long") else -1
-    if target.aim is not None and sign * value <= sign * target.aim:
-        return "aim reached"
-    return "reached" if sign * value <= sign * target.reach else "missed"
-
-
-def targets(results: Results) -> str:
-    """Every target with what was measured."""
+    case = "gla-340m-training"
+    methods = results.methods(case, "step")
+    if not methods:
+        return "<p><em>Not measured yet: python benchmarks/training.py on a GPU.</em></p>"
+    lengths = sorted({T for name in methods for T in results.series(case, "step", name)})
+    tokens = {
+        r.T: run.about["tokens"] // r.T * r.T for run in results.training for r in run.records
+    }
     rows = []
-    for target in all_targets():
-        value = reached(target, results)
-        sign = "≤ " if target.kind in ("at most", "times as long") else "≥ "
-        limits = (
-            "–" if x is None else sign + _amount(target, x) for x in (target.reach, target.aim)
-        )
-        amount = "–" if value is None else _amount(target, value)
-        verdict = outcome(target, value)
-        lengths = measured(target, results)
-        if lengths and set(target.lengths) > set(lengths) and verdict != "missed":
-            verdict += f" at {' and '.join(map(str, lengths))}; the rest not measured"
-        rows.append((target.words, *limits, amount, verdict))
-    head = ("what", "to reach", "aim", "measured", "outcome")
-    return table("What was to be reached on one H100", head, rows)
-
-
-def _amount(target: Target, value: float) -> str:
-    if target.kind == "of the floor":
-        return f"{100 * value:.0f} %"
-    if target.kind == "at most":
-        return f"{number(value)} {records.unit(target.metric)}"
-    return f"{value:.2f} ×"
+    for name in methods:
+        step, memory = (results.series(case, metric, name) for metric in ("step", "memory"))
+        speeds = (tokens[T] / step[T] * 1000 if T in step else None for T in lengths)
+        largest = f"{max(memory.values()) / 1024:.0f} GiB" if memory else "–"
+        rows.append((NAMES[name], *map(number, speeds), largest))
+    head = ("model", *(f"T = {T:,}" for T in lengths), "most memory")
+    caption = "Training GLA-340M and others of its size: tokens a second"
+    return table(caption, head, rows)
 
 
 def tiles(results: Results) -> str:
@@ -444,5 +350,6 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "cpu": cpu,
     "figure-2": figure_2,
     "training": training,
-    "targets": targets,
+    "models": models,
+    "targets": targets.table_of,
 }

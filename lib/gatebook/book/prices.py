@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gatebook.book.kernels import number, table
+from gatebook.book.tables import number, table
 from gatebook.evidence import ledger, provenance
 from gatebook.training import estimate
 from gatebook.training.jobs import Job

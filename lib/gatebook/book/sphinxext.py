@@ -84,7 +84,11 @@ class PricesDirective(SphinxDirective):
         """The table; counting takes a minute, so it is made when its page is read."""
         from gatebook.book import prices
 
-        return [nodes.raw("", prices.prices(_root(self.env.app)), format="html")]
+        root = _root(self.env.app)
+        self.env.note_dependency(str(prices.path(root)))
+        for slug in ledger.chapters(root):
+            self.env.note_dependency(str(root / "chapters" / f"{slug}.yml"))
+        return [nodes.raw("", prices.prices(root), format="html")]
 
 
 class ClaimsDirective(SphinxDirective):

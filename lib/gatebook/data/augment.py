@@ -1,13 +1,16 @@
-"""Augmentation of images: crops and flips, and the recipe of DeiT and Swin.
+"""Augmentation of images: crops and flips, and the recipe of DeiT and Swin, which is `Mixing` too.
 
 The recipe is RandAugment `m9-mstd0.5-inc1`, random erasing 0.25, mixup 0.8, cutmix 1.0 and label
-smoothing 0.1. RandAugment works on Pillow images in the loader's processes, because torchvision
+smoothing 0.1; DeiT shows each image of an epoch three times (`repeats` of the batches). RandAugment
+works on Pillow images in the loader's processes, because torchvision
 is not among the dependencies; its operations and ranges follow the library that the recipe's
-name comes from (timm), from memory, and were not compared with it. The rest works on tensors.
+name comes from (timm), from memory, and were not compared with it. The rest works on tensors, on
+the device.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,13 +25,16 @@ Operation = Callable[[Image, float, int], Image]  # image, strength in [0, 1], s
 FILL = (124, 116, 104)  # ImageNet's mean colour, where a moved image leaves a gap
 
 
-def crop_flip(pixels: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+def crop_flip(
+    pixels: Tensor, padding: int, generator: torch.Generator, flips: bool = True
+) -> Tensor:
     """Pad with zeros, crop back at a random place, flip left-right half of the time.
 
     Args:
         pixels: `[B, c, H, W]`, any type.
         padding: Zeros on each side, pixels.
         generator: Source of the places and flips, on the pixels' device.
+        flips: Whether to flip.
 
     Returns:
         `[B, c, H, W]`.
@@ -36,7 +42,7 @@ def crop_flip(pixels: Tensor, padding: int, generator: torch.Generator) -> Tenso
     n, _, height, width = pixels.shape
     device = pixels.device
     corner = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=device)
-    flip = torch.randint(2, (n, 1), generator=generator, device=device).bool()
+    flip = torch.randint(1 + flips, (n, 1), generator=generator, device=device).bool()
     rows = corner[0] + torch.arange(height, device=device)  # [B, H]
     across = torch.arange(width, device=device)
     columns = corner[1] + torch.where(flip, across.flip(0), across)  # [B, W]
@@ -50,7 +56,7 @@ class TrainTransform:
 
     Args:
         size: Side S of the result, pixels.
-        magnitude: Strength of RandAugment, of 10.
+        magnitude: Strength of RandAugment, of 10; 0 leaves it out.
     """
 
     def __init__(self, size: int, magnitude: float = 9.0):
@@ -63,7 +69,7 @@ class TrainTransform:
         image = image.resize((self.size, self.size), Pillow.Resampling.BICUBIC, box=box)
         if rng.random() < 0.5:
             image = image.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(rand_augment(image, rng, self.magnitude))
+        return to_tensor(rand_augment(image, rng, self.magnitude) if self.magnitude else image)
 
 
 class TestTransform:
@@ -188,44 +194,66 @@ def random_erase(images: Tensor, generator: torch.Generator, rate: float = 0.25)
     return images
 
 
-def mix(
-    images: Tensor,
-    labels: Tensor,
-    n_classes: int,
-    generator: torch.Generator,
-    *,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    smoothing: float = 0.1,
-) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019), one of them for each batch.
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """What a recipe does to a whole batch: erasing, then mixup or cutmix, and smoothed targets.
 
-    An image is mixed with the one at the mirrored place of the batch, with weight lambda from
-    Beta(a, a), where a is `mixup` or `cutmix`; the targets likewise, after smoothing. Cutmix
-    corrects lambda to the area that its box really covers.
+    Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) is drawn for each batch. An image is
+    mixed with the one at the mirrored place of the batch, with weight lambda from Beta(a, a), where
+    a is `mixup` or `cutmix`; the targets likewise, after smoothing. Cutmix corrects lambda to the
+    area that its box really covers.
 
-    Args:
-        images: `[B, c, H, W]`.
-        labels: `[B]`, class numbers.
-        n_classes: Classes K.
-        generator: Source of the choices, on the CPU.
-        mixup: Parameter of mixup's Beta distribution.
-        cutmix: Parameter of cutmix's Beta distribution.
-        smoothing: Probability spread evenly over the K classes.
-
-    Returns:
-        Images `[B, c, H, W]` and targets `[B, K]`, whose rows sum to 1.
+    Raises:
+        ValueError: A parameter that is no rate, or negative.
     """
-    cut = bool(torch.rand((), generator=generator) < 0.5)
-    weight = _beta(cutmix if cut else mixup, generator)
-    other = images.flip(0)
-    if cut:
-        images, weight = _paste(images, other, weight, generator)
-    else:
-        images = weight * images + (1 - weight) * other
-    targets = F.one_hot(labels, n_classes).to(images.dtype) * (1 - smoothing)
-    targets = targets + smoothing / n_classes
-    return images, weight * targets + (1 - weight) * targets.flip(0)
+
+    mixup: float = 0.8  # parameter of mixup's Beta distribution; 0 leaves it out
+    cutmix: float = 1.0  # parameter of cutmix's Beta distribution; 0 leaves it out
+    smoothing: float = 0.1  # probability spread evenly over all classes
+    erase: float = 0.25  # share of the images of which a box is erased
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError(f"mixup and cutmix are at least 0; got {self.mixup}, {self.cutmix}")
+        if not (0 <= self.smoothing < 1 and 0 <= self.erase <= 1):
+            raise ValueError(
+                f"smoothing is in [0, 1) and erase in [0, 1]; got {self.smoothing}, {self.erase}"
+            )
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, n_classes: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Erase and mix.
+
+        Args:
+            images: `[B, c, H, W]`, normalised.
+            labels: `[B]`, class numbers.
+            n_classes: Classes K.
+            generator: Source of the choices, on the CPU.
+
+        Returns:
+            Images `[B, c, H, W]` and targets `[B, K]`, whose rows sum to 1.
+        """
+        if self.erase:
+            images = random_erase(images, generator, self.erase)
+        cut, weight = self._draw(generator)
+        other = images.flip(0)
+        if cut:
+            images, weight = _paste(images, other, weight, generator)
+        elif weight < 1:
+            images = weight * images + (1 - weight) * other
+        targets = F.one_hot(labels, n_classes).to(images.dtype) * (1 - self.smoothing)
+        targets = targets + self.smoothing / n_classes
+        return images, weight * targets + (1 - weight) * targets.flip(0)
+
+    def _draw(self, generator: torch.Generator) -> tuple[bool, float]:
+        """Whether to cut, and lambda."""
+        if not (self.mixup or self.cutmix):
+            return False, 1.0
+        both = self.mixup and self.cutmix
+        cut = bool(torch.rand((), generator=generator) < 0.5) if both else bool(self.cutmix)
+        return cut, _beta(self.cutmix if cut else self.mixup, generator)
 
 
 def _paste(

@@ -19,9 +19,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from gatebook.data import augment, sources
 from gatebook.data.sharded import Deal, ShardedBatches
+from gatebook.errors import unknown
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# Here and not in `sources`, so that evidence on texts does not depend on them.
+sources.DATASETS |= {
+    "cifar100": sources.Source(
+        hub_id="uoft-cs/cifar100",
+        revision="main",
+        columns=("img", "fine_label"),
+        download="142 MB",
+    ),
+    "mini-imagenet": sources.Source(
+        hub_id="timm/mini-imagenet",
+        revision="main",
+        columns=("image", "label"),
+        download="3 GB",
+        splits=("train", "validation", "test"),
+        note="100 classes; papers differ in their splits",
+    ),
+}
 
 
 def straddle_xor(
@@ -61,10 +81,15 @@ def straddle_xor(
 
 @dataclass(frozen=True)
 class Cifar:
-    """A split of CIFAR-10 in memory: pixels `[n, 3, 32, 32]` uint8 and labels `[n]` int64."""
+    """A split of CIFAR-10 or CIFAR-100, or of pictures like theirs, in memory.
+
+    Pixels are `[n, 3, 32, 32]` uint8, labels `[n]` int64.
+    """
 
     pixels: Tensor
     labels: Tensor
+    n_classes: int = 10
+    flips: bool = True  # whether a mirrored picture keeps its class
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,25 +100,33 @@ class Cifar:
         return [(normalise(pixels, CIFAR10_MEAN, CIFAR10_STD), y) for pixels, y in pairs]
 
 
-def cifar10(split: str, data_dir: str | Path = "", device: str = "cpu") -> Cifar:
-    """CIFAR-10, decoded and moved to the device as a whole (184 MB for both splits).
+def cifar10(
+    split: str, data_dir: str | Path = "", device: str = "cpu", corpus: str = "cifar10"
+) -> Cifar:
+    """CIFAR-10 or CIFAR-100, decoded and moved to the device as a whole (184 MB for both splits).
 
     Args:
         split: `train` (50,000 images of 32x32) or `test` (10,000).
         data_dir: Local mirror, see `gatebook.data.sources`.
         device: Where the pixels go.
+        corpus: `cifar10` or `cifar100`.
 
     Raises:
+        ValueError: Another corpus.
         DataUnavailableError: Neither the mirror nor the hub has it.
     """
+    if corpus not in ("cifar10", "cifar100"):
+        raise ValueError(unknown("corpus", corpus, ("cifar10", "cifar100")))
     import datasets
 
     raw = datasets.Image(decode=False)  # Pillow frees the interpreter lock, so threads decode
-    rows = sources.load("cifar10", split, data_dir).cast_column("img", raw)
+    rows = sources.load(corpus, split, data_dir).cast_column("img", raw)
     with ThreadPoolExecutor() as pool:
         pixels = torch.from_numpy(np.stack(list(pool.map(_decode, rows["img"]))))
-    labels = torch.tensor(rows["label"][:])
-    return Cifar(pixels.permute(0, 3, 1, 2).contiguous().to(device), labels.to(device))
+    fine = corpus == "cifar100"
+    labels = torch.tensor(rows["fine_label" if fine else "label"][:])
+    pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    return Cifar(pixels.to(device), labels.to(device), 100 if fine else 10)
 
 
 def _decode(row: dict[str, Any]) -> np.ndarray:
@@ -119,16 +152,25 @@ class CifarBatches:
         batch_size: Images in a batch, B.
         seed: Of the order and the augmentation.
         padding: Largest shift of the crop, pixels.
+        mixing: Erases and mixes images, so that targets are probabilities; None gives labels.
 
     Raises:
         ValueError: There are fewer images than one batch.
     """
 
-    def __init__(self, data: Cifar, batch_size: int, seed: int, padding: int = 4):
+    def __init__(
+        self,
+        data: Cifar,
+        batch_size: int,
+        seed: int,
+        padding: int = 4,
+        mixing: augment.Mixing | None = None,
+    ):
         if len(data) < batch_size:
             raise ValueError(f"{len(data)} images are fewer than a batch of {batch_size}")
-        self.data, self.batch_size, self.padding = data, batch_size, padding
+        self.data, self.batch_size, self.padding, self.mixing = data, batch_size, padding, mixing
         self.generator = torch.Generator(data.pixels.device).manual_seed(seed)
+        self.choices = torch.Generator().manual_seed(seed)  # of the mixing
 
     def __len__(self) -> int:
         return len(self.data) // self.batch_size
@@ -137,25 +179,30 @@ class CifarBatches:
         device = self.data.pixels.device
         order = torch.randperm(len(self.data), generator=self.generator, device=device)
         for batch in order.split(self.batch_size)[: len(self)]:
-            pixels = augment.crop_flip(self.data.pixels[batch], self.padding, self.generator)
-            yield normalise(pixels, CIFAR10_MEAN, CIFAR10_STD), self.data.labels[batch]
+            own = self.data.pixels[batch]
+            pixels = augment.crop_flip(own, self.padding, self.generator, self.data.flips)
+            images, labels = normalise(pixels, CIFAR10_MEAN, CIFAR10_STD), self.data.labels[batch]
+            if self.mixing is not None:
+                images, labels = self.mixing(images, labels, self.data.n_classes, self.choices)
+            yield images, labels
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Position of the generator; an epoch that was cut short starts anew on resume."""
-        return {"generator": self.generator.get_state()}
+        """Position of the generators; an epoch that was cut short starts anew on resume."""
+        return {"generator": self.generator.get_state(), "choices": self.choices.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved position."""
         self.generator.set_state(state["generator"])
+        self.choices.set_state(state["choices"])
 
 
 class _Decoded(Dataset):
-    """ImageNet-1K as uint8 tensors `[3, S, S]` and class numbers; the worker decodes."""
+    """Pictures as uint8 tensors `[3, S, S]` and class numbers; the worker decodes."""
 
-    def __init__(self, split: str, transform: Any, data_dir: str | Path):
+    def __init__(self, corpus: str, split: str, transform: Any, data_dir: str | Path):
         import datasets
 
-        rows = sources.load("imagenet-1k", split, data_dir)
+        rows = sources.load(corpus, split, data_dir)
         self.rows, self.transform = rows.cast_column("image", datasets.Image()), transform
 
     def __len__(self) -> int:
@@ -167,10 +214,11 @@ class _Decoded(Dataset):
 
 
 class ImageNetBatches:
-    """ImageNet-1K as the Swin recipe trains on it: decode, augment, normalise, mix.
+    """ImageNet-1K as DeiT's and Swin's recipes train on it: decode, augment, normalise, mix.
 
     Random resized crop, flip and RandAugment in the workers; normalisation, random erasing, mixup
-    or cutmix and label smoothing on the device. Endless; every epoch shows each image once.
+    or cutmix and label smoothing on the device. Endless; every epoch shows each image once, or with
+    `repeats` fewer images more often.
 
     Args:
         batch_size: Images in a batch of this process, B.
@@ -183,6 +231,10 @@ class ImageNetBatches:
         parts: Batches for each optimiser step on this process.
         rank: Of this process.
         processes: How many share a step's images.
+        corpus: A source with the columns `image` and `label`.
+        magnitude: Of RandAugment, of 10; 0 leaves it out.
+        repeats: How often an epoch shows an image, see `gatebook.data.sharded.Deal`.
+        mixing: Parameters of `gatebook.data.augment.Mixing`.
 
     Raises:
         DataUnavailableError: Neither the mirror nor the hub has it.
@@ -201,10 +253,15 @@ class ImageNetBatches:
         parts: int = 1,
         rank: int = 0,
         processes: int = 1,
+        corpus: str = "imagenet-1k",
+        magnitude: float = 9.0,
+        repeats: int = 1,
+        **mixing: float,
     ):
-        rows = _Decoded("train", augment.TrainTransform(image_size), data_dir)
+        rows = _Decoded(corpus, "train", augment.TrainTransform(image_size, magnitude), data_dir)
         step = batch_size * parts * processes
-        deal = Deal(len(rows), step, seed, rank=rank, processes=processes)
+        deal = Deal(len(rows), step, seed, rank=rank, processes=processes, repeats=repeats)
+        self.mixing = augment.Mixing(**mixing)
         self.batches = ShardedBatches(rows, deal, parts=parts, workers=workers)
         self.seed, self.device, self.n_classes = seed, device, n_classes
 
@@ -216,8 +273,7 @@ class ImageNetBatches:
             generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
             pixels, labels = (t.to(self.device, non_blocking=True) for t in (pixels, labels))
             images = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD)
-            images = augment.random_erase(images, generator)
-            yield augment.mix(images, labels, self.n_classes, generator)
+            yield self.mixing(images, labels, self.n_classes, generator)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data."""
@@ -237,6 +293,8 @@ def imagenet_validation(
     device: str = "cpu",
     workers: int = 8,
     data_dir: str | Path = "",
+    corpus: str = "imagenet-1k",
+    split: str = "validation",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The validation images in order: shorter side to S * 256 / 224, centre crop of S.
 
@@ -246,6 +304,8 @@ def imagenet_validation(
         device: Where a batch goes.
         workers: Processes that decode.
         data_dir: Local mirror with the columns `image` and `label`.
+        corpus: A source with these columns.
+        split: The part of the corpus; some papers report on its `test`.
 
     Yields:
         Images `[B, 3, S, S]` and class numbers `[B]`.
@@ -253,7 +313,7 @@ def imagenet_validation(
     Raises:
         DataUnavailableError: Neither the mirror nor the hub has it.
     """
-    rows = _Decoded("validation", augment.TestTransform(image_size), data_dir)
+    rows = _Decoded(corpus, split, augment.TestTransform(image_size), data_dir)
     for pixels, labels in DataLoader(rows, batch_size, num_workers=workers):
         pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
         yield normalise(pixels, IMAGENET_MEAN, IMAGENET_STD), labels

@@ -13,10 +13,20 @@ class Deal:
     The rows of epoch e are permuted by (seed, e), the epochs laid end to end, and cut into global
     batches; a process takes its part of each. So every row is seen once in an epoch, none is left
     out, and what a global batch holds does not depend on the number of processes.
+
+    With `repeats` (repeated augmentation, Hoffer et al., 2020) a row comes that many times in a
+    row, each time with other random numbers, and an epoch of as many samples holds fewer rows.
     """
 
     def __init__(
-        self, rows: int, batch_size: int, seed: int, *, rank: int = 0, processes: int = 1
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+        repeats: int = 1,
     ) -> None:
         """Remembers how to deal.
 
@@ -26,33 +36,38 @@ class Deal:
             seed: Of the orders.
             rank: Of this process, from 0.
             processes: How many there are; they must divide `batch_size`.
+            repeats: How often a row comes.
 
         Raises:
             ValueError: An empty data set, or a batch that the processes cannot share evenly.
         """
-        if rows < 1 or batch_size < 1:
-            raise ValueError(f"rows and batch_size are at least 1; got {rows} and {batch_size}")
+        if min(rows, batch_size, repeats) < 1:
+            raise ValueError(
+                f"rows, batch_size and repeats are at least 1; got {rows}, {batch_size}, {repeats}"
+            )
         if batch_size % processes or not 0 <= rank < processes:
             raise ValueError(
                 f"{processes} processes do not share a batch of {batch_size} evenly, or have no "
                 f"rank {rank}"
             )
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.repeats = rank, processes, repeats
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int) -> list[tuple[int, int]]:
-        """Epoch and row of each sample that this process takes at a global step, from 0."""
+        """Number of the pass (the epoch, or one of its repeats) and row of each sample that this
+        process takes at a global step, from 0."""
         part = self.batch_size // self.processes
         first = step * self.batch_size + self.rank * part
         return [self._row(i) for i in range(first, first + part)]
 
     def _row(self, i: int) -> tuple[int, int]:
-        epoch = i // self.rows
+        epoch, place = divmod(i, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.rows, generator=generator)
-        return epoch, int(self._order[i % self.rows])
+        row, repeat = divmod(place, self.repeats)
+        return epoch * self.repeats + repeat, int(self._order[row])
 
 
 class _Keyed(Dataset):

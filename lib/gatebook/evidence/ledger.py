@@ -226,7 +226,7 @@ def ours(outcome: Outcome) -> str:
 
 def interval_text(outcome: Outcome) -> str:
     """The 95 % interval in brackets, or `exact`."""
-    if outcome.test.direction == "equal":
+    if not outcome.test.by_chance:
         return "exact"
     if outcome.low is None:
         return "–"
@@ -235,15 +235,26 @@ def interval_text(outcome: Outcome) -> str:
 
 def why_not_run(chapter: Chapter, claim: Claim, scale: str) -> str:
     """Why a claim has no evidence at a scale, and what it would cost."""
-    planned = [test for test in claim.tests if scale in test.scales]
-    reason = "planned, not recorded yet" if planned else claim.not_tested or f"no test at {scale}"
-    plan = chapter.scales[scale]
-    if scale == "full":
-        hours = f"{plan.gpu_hours:g} GPU-hours" if planned and plan.gpu_hours else ""
-        data = f"{plan.data_gb:g} GB of data" if planned and plan.data_gb else ""
-        price = claim.price or ", ".join(filter(None, (hours, data)))
-        return f"{reason}; price: {price}" if price else reason
-    return reason
+    cost = price(chapter, claim) if scale == "full" else ""
+    why = reason(claim, scale)
+    return f"{why.rstrip('.')}; price: {cost}" if cost else why
+
+
+def reason(claim: Claim, scale: str) -> str:
+    """Why a claim has no evidence at a scale."""
+    if any(scale in test.scales for test in claim.tests):
+        return "planned, not recorded yet"
+    return claim.not_tested or f"no test at {scale}"
+
+
+def price(chapter: Chapter, claim: Claim) -> str:
+    """What testing a claim at `full` would cost; empty if nothing is known."""
+    if claim.price or not any("full" in test.scales for test in claim.tests):
+        return claim.price
+    plan = chapter.scales["full"]
+    hours = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours else ""
+    data = f"{plan.data_gb:g} GB of data" if plan.data_gb else ""
+    return ", ".join(filter(None, (hours, data)))
 
 
 def _row(chapter: Chapter, claim: Claim, scale: str, evidence: Evidence | None) -> dict[str, str]:

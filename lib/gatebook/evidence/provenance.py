@@ -27,6 +27,7 @@ PRESENTATION = (
     "gatebook.errors",
     "gatebook.evidence",
     "gatebook.gates",
+    "gatebook.backbones.report",
     "gatebook.mixers.report",
     "gatebook.notebook",
     "gatebook.plotting",

@@ -39,12 +39,15 @@ class Test(_Strict):
     expected: float | None = None
     tolerance: float = Field(default=0.0, ge=0)
     at_paper_configuration: bool = False
+    exact: bool = False  # numbers without chance, such as counts: one is enough
     rationale: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Test":
         if (self.right is None) != (self.statistic == "value"):
             raise ValueError("`difference` and `ratio` need `right`; `value` must not have it")
+        if self.exact and (self.direction not in ("greater", "less") or self.statistic != "value"):
+            raise ValueError("`exact` goes with `greater` or `less` and `statistic: value`")
         if self.direction == "equal":
             if self.expected is None or self.statistic != "value" or self.margin is not None:
                 raise ValueError("`equal` needs `statistic: value` and `expected`, and no `margin`")
@@ -55,9 +58,16 @@ class Test(_Strict):
             raise ValueError("`rationale` must say why the margin is what it is")
         if self.direction == "within" and (self.margin <= 0 or self.statistic == "ratio"):
             raise ValueError("`within` needs a positive margin and no ratio")
-        if self.tolerance or self.at_paper_configuration:
-            raise ValueError("`tolerance` and `at_paper_configuration` belong to `equal`")
+        if self.tolerance:
+            raise ValueError("`tolerance` belongs to `equal`")
+        if self.at_paper_configuration and not self.exact:
+            raise ValueError("`at_paper_configuration` belongs to `equal` or `exact`")
         return self
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the numbers vary from seed to seed, so that the rule needs an interval."""
+        return self.direction != "equal" and not self.exact
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def rule(test: Test) -> str:
     if test.direction == "within":
         return f"|{name}| ≤ {test.margin:g} over the whole interval"
     sign = ">" if test.direction == "greater" else "<"
-    return f"{name} {sign} {test.margin:g} over the whole interval"
+    return f"{name} {sign} {test.margin:g}" + " over the whole interval" * test.by_chance
 
 
 def evaluate(test: Test, observations: Observations) -> Outcome:
@@ -69,6 +69,8 @@ def evaluate(test: Test, observations: Observations) -> Outcome:
     if not all(math.isfinite(value) for value in sample):
         note = "some numbers are not finite"
         return Outcome(test, "inconclusive", None, None, None, len(sample), rule(test), note)
+    if test.exact:
+        return _all(test, sample)
     if len(sample) < 2:
         note = "one seed has no interval"
         return Outcome(
@@ -119,6 +121,17 @@ def _exact(test: Test, values: list[float]) -> Outcome:
     good = "reproduced" if test.at_paper_configuration else "supported"
     worst = max(values, key=lambda value: abs(value - test.expected))
     verdict = good if ok else "contradicted"
+    return Outcome(test, verdict, worst, worst, worst, len(values), rule(test))
+
+
+def _all(test: Test, values: list[float]) -> Outcome:
+    """Every number is on the claimed side, or the claim is contradicted."""
+    verdict = _decide(test, min(values), max(values))
+    if verdict == "supported" and test.at_paper_configuration:
+        verdict = "reproduced"
+    elif verdict == "inconclusive":
+        verdict = "contradicted"
+    worst = (min if test.direction == "greater" else max)(values)
     return Outcome(test, verdict, worst, worst, worst, len(values), rule(test))
 
 

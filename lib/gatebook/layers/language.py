@@ -39,6 +39,22 @@ def rotate(x: Tensor, base: float, start: int = 0) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` that keeps to autocast's type, as linear maps do.
+
+    torch's own leaves float32 activations in float32, of which every linear map then makes a copy,
+    and falls back to many small kernels for bfloat16 activations with a float32 weight.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to the same, in autocast's type where it is on; the mean is in float32."""
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(kind)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Causal softmax attention with rotary positions and, if wanted, grouped queries (LLaMA's)."""
 
@@ -172,9 +188,9 @@ class Block(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
-        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.ffn_norm = RMSNorm(d_model, eps=norm_eps)
         self.ffn = SwiGLU(d_model, d_ff, bias)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -222,7 +238,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(d_model, mixer, d_ff, norm_eps, biases) for mixer in mixers
         )
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps) if final_norm else nn.Identity()
+        self.norm = RMSNorm(d_model, eps=norm_eps) if final_norm else nn.Identity()
         self.head = nn.Linear(d_model, vocab_size, bias=biases)
         if tied:
             self.head.weight = self.embedding.weight

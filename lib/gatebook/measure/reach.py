@@ -11,9 +11,6 @@ def gradient_reach(
 ) -> Tensor:
     """Size of the gradient of one output position with respect to every input position.
 
-    The output vector is projected on a random direction first: a fixed one, such as the sum, can
-    have no gradient at all behind a normalisation.
-
     Args:
         function: Maps [B, T, D] to [B, T, E].
         x: Input, [B, T, D].
@@ -24,10 +21,35 @@ def gradient_reach(
         Euclidean norms, [T]; exactly zero where the output does not read the input.
     """
     x = x.detach().requires_grad_()
-    y = function(x)[:, position]
+    return input_gradient(function(x)[:, position], x, generator, channels=2)
+
+
+def input_gradient(y: Tensor, x: Tensor, generator: torch.Generator, channels: int = 1) -> Tensor:
+    """Size of the gradient of one place of the output with respect to every place of the input.
+
+    The output vector is projected on a random direction first: a fixed one, such as the sum, can
+    have no gradient at all behind a normalisation.
+
+    Args:
+        y: The place of the output, [B, E].
+        x: The input that it comes from, [B, ...], with `requires_grad`.
+        generator: Source of the direction.
+        channels: Dimension of x that holds its features.
+
+    Returns:
+        Euclidean norms over the batch and the features, x's other dimensions; exactly zero where
+        the output does not read the input.
+
+    Raises:
+        ValueError: y is not a matrix, or `channels` is no dimension of x but the first.
+    """
+    if y.ndim != 2:
+        raise ValueError(f"y is one place of the output, [B, E]; got {list(y.shape)}")
+    if not 0 < channels < x.ndim:
+        raise ValueError(f"channels must be in 1 to {x.ndim - 1}, got {channels}")
     direction = torch.randn(y.shape[-1], generator=generator, dtype=y.dtype).to(y.device)
     (gradient,) = torch.autograd.grad((y @ direction).sum(), x)
-    return gradient.square().sum((0, 2)).sqrt()
+    return gradient.square().sum((0, channels)).sqrt()
 
 
 @torch.no_grad()

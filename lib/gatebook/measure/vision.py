@@ -42,3 +42,23 @@ def score(
     if not images:
         raise ValueError("no images to score")
     return Scores(accuracy=float(right) / images, cross_entropy=float(loss) / images, images=images)
+
+
+def head_similarity(weights: Tensor) -> float:
+    """Mean cosine similarity between the attention maps of each two heads of a layer.
+
+    Each query's weights are one vector; 1 means that the heads read the same places.
+
+    Args:
+        weights: `[B, H, N, N]`, rows are queries.
+
+    Raises:
+        ValueError: There are fewer than two heads.
+    """
+    heads = weights.shape[1]
+    if heads < 2:
+        raise ValueError(f"{heads} head has no other to be compared with")
+    rows = F.normalize(weights.float(), dim=-1).transpose(1, 2)  # [B, N, H, N]
+    pairs = rows @ rows.transpose(-1, -2)  # [B, N, H, H]
+    others = pairs.sum((-1, -2)) - pairs.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (others.mean() / (heads * (heads - 1))).item()

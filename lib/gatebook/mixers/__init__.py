@@ -38,11 +38,11 @@ Make = Callable[[Sizes], list[nn.Module]]
 def mixers() -> dict[str, Make]:
     """All mixers of the book, by name, in the order of its tables."""
     # each file is named here, so that evidence is known to depend on it
-    from gatebook.mixers import gam, mamba2, softmax
+    from gatebook.mixers import gam, lstm, mamba2, softmax
     from gatebook.models import gated_attention, hybrid_linear, moh, sqa
 
     table: dict[str, Make] = {}
-    for module in (softmax, gated_attention, sqa, moh, hybrid_linear, mamba2, gam):
+    for module in (softmax, gated_attention, sqa, moh, hybrid_linear, mamba2, gam, lstm):
         _add(table, module.MIXERS, module.__name__)
     return table
 

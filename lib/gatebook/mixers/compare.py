@@ -1,11 +1,10 @@
 """Train every mixer on every task with the learning rate that suits it, and measure its costs."""
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from gatebook.layers.language import Decoder
 from gatebook.measure.sequence import auxiliary_loss, sequence_loss
 from gatebook.mixers import Make, Sizes, build, read, tasks
 from gatebook.training import Recipe, fit
+from gatebook.training.trials import open_pool, run_all
 
 CHOICE_SEED = 900_001  # of the runs that choose a learning rate; they are not scored
 
@@ -33,6 +33,10 @@ class Trial:
     data_dir: str
     device: str
     settings: dict[str, Any]  # of the task: kind, steps, sizes, recipe, and the kind's own
+
+    def __str__(self) -> str:
+        """For messages."""
+        return f"{self.mixer} on {self.task}, lr {self.lr}, seed {self.seed}"
 
 
 def run_trial(trial: Trial) -> dict[str, float]:
@@ -66,6 +70,7 @@ def study(
     data_dir: str = "",
     workers: int = 1,
     progress: Callable[..., Any] | None = None,
+    log: Path | None = None,
 ) -> list[tuple[Trial, dict[str, float]]]:
     """Every mixer on every task: first each learning rate once, then the best with every seed.
 
@@ -78,9 +83,11 @@ def study(
         device: "cpu" or "cuda".
         file: Python file with further mixers, or empty.
         data_dir: Folder with local copies of the texts.
-        workers: Processes that train at once; 1 trains in this one. Small models leave a GPU idle
-            between kernels, so that several share it well.
+        workers: Processes that train at once, on all GPUs in turn; 1 trains in this one. Small
+            models leave a GPU idle between kernels, so that several share it well.
         progress: Wraps the trials, such as `run.progress`.
+        log: File that keeps the scores of each trial when it ends; those that it holds are not run
+            again. After an error, trials that were under way are waited for and kept.
 
     Returns:
         All trials, those that chose a rate first, with their scores.
@@ -94,55 +101,17 @@ def study(
         return Trial(task=task, mixer=mixer, lr=lr, seed=seed, **own, **common)
 
     choices = [trial(*pair, lr, CHOICE_SEED) for pair in pairs for lr in rates]
-    with _pool(workers) as pool:
-        scored = _run_all(choices if len(rates) > 1 else [], pool, progress, "learning rates")
+    with open_pool(workers) as pool:
+        run = partial(run_all, run_trial, pool=pool, progress=progress, log=log)
+        scored = run(choices if len(rates) > 1 else [], what="learning rates")
         best = {pair: _best(scored, *pair) if scored else rates[0] for pair in pairs}
         finals = [trial(*pair, best[pair], seed) for pair in pairs for seed in seeds]
-        return scored + _run_all(finals, pool, progress, "runs")
-
-
-def _pool(workers: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
-    if workers == 1:
-        return nullcontext()
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # CUDA cannot fork
+        return scored + run(finals, what="runs")
 
 
 def _best(scored: list[tuple[Trial, dict[str, float]]], task: str, mixer: str) -> float:
     own = [(s["loss"], t.lr) for t, s in scored if (t.task, t.mixer) == (task, mixer)]
     return min((loss if math.isfinite(loss) else math.inf, lr) for loss, lr in own)[1]
-
-
-def _run_all(
-    trials: list[Trial], pool: ProcessPoolExecutor | None, progress: Callable | None, what: str
-) -> list[tuple[Trial, dict[str, float]]]:
-    progress = progress or (lambda items, what: items)
-    if pool is None or not trials:
-        return [(trial, run_trial(trial)) for trial in progress(trials, what)]
-    futures = {pool.submit(run_trial, trial): number for number, trial in enumerate(trials)}
-    done = {}
-    for future in progress(_Sized(as_completed(futures), len(futures)), what):
-        number = futures[future]
-        try:
-            done[number] = future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            t = trials[number]
-            error.add_note(f"in the run of {t.mixer} on {t.task}, lr {t.lr}, seed {t.seed}")
-            raise
-    return [(trial, done[number]) for number, trial in enumerate(trials)]
-
-
-class _Sized:
-    """Items whose number is known before they are, for a progress bar."""
-
-    def __init__(self, items: Iterator, count: int) -> None:
-        self.items, self.count = items, count
-
-    def __iter__(self) -> Iterator:
-        return self.items
-
-    def __len__(self) -> int:
-        return self.count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatebook.kernels import gla
-from gatebook.layers.language import ShortConv
+from gatebook.layers.language import RMSNorm, ShortConv
 
 
 class Mamba2(nn.Module):
@@ -32,7 +32,7 @@ class Mamba2(nn.Module):
         self.log_rate = nn.Parameter(torch.empty(self.n_heads))  # log A
         self.step_bias = nn.Parameter(torch.empty(self.n_heads))  # b
         self.skip = nn.Parameter(torch.ones(self.n_heads, 1))  # D
-        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.norm = RMSNorm(inner, eps=1e-5)
         self.out = nn.Linear(inner, d_model, bias=False)
         self.reset()
 

@@ -30,6 +30,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "deltanet": ("deltanet", "D"),
     "gated_deltanet": ("gated deltanet", "D"),
     "gam": ("gam", "v"),
+    "lstm": ("lstm", "P"),
 }
 
 

@@ -5,7 +5,8 @@ A task knows how many tokens it has, makes batches for training, and scores a tr
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -118,6 +119,9 @@ def make(kind: str, *, data_dir: str = "", choosing: bool = False, **settings: A
     return kinds[kind](choosing=choosing, **settings)
 
 
+_bytes = cache(text.byte_text)  # a process trains many models on it
+
+
 def language(
     *,
     corpus: str,
@@ -140,9 +144,9 @@ def language(
         data_dir: Folder with a local copy.
         choosing: As for `make`: the validation split instead of the test split.
     """
-    train = text.byte_text(corpus, "train", data_dir)
+    train = _bytes(corpus, "train", data_dir)
     split = "validation" if choosing else "test"
-    held_out = text.byte_text(corpus, split, data_dir)[: test_bytes + 1].long()
+    held_out = _bytes(corpus, split, data_dir)[: test_bytes + 1].long()
 
     def windows(size: int) -> list[Batch]:
         count = (len(held_out) - 1) // size
@@ -231,20 +235,11 @@ def copying(*, lengths: list[int], n_symbols: int, batch: int, tests: int, choos
         choosing: As for `make`.
     """
 
-    def held_out(length: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
-        return [memory.copying(tests, length, n_symbols, generator)]
+    def draw(n: int, length: int, generator: torch.Generator) -> Batch:
+        return memory.copying(n, length, n_symbols, generator)
 
-    return Task(
-        vocab_size=n_symbols + 1,
-        batches=lambda seed, steps: Batches(
-            lambda generator: memory.copying(batch, lengths[0], n_symbols, generator),
-            steps,
-            seed,
-        ),
-        tests={f"copy {length}": held_out(length) for length in lengths},
-        trained=(f"copy {lengths[0]}",),
-    )
+    sizes = {"lengths": lengths, "batch": batch, "tests": tests, "choosing": choosing}
+    return _by_length("copy", n_symbols + 1, draw, **sizes)
 
 
 def group(*, name: str, lengths: list[int], batch: int, tests: int, choosing: bool) -> Task:
@@ -259,20 +254,34 @@ def group(*, name: str, lengths: list[int], batch: int, tests: int, choosing: bo
         choosing: As for `make`.
     """
 
+    def draw(n: int, length: int, generator: torch.Generator) -> Batch:
+        return groups.group_words(n, length, name, generator)
+
+    sizes = {"lengths": lengths, "batch": batch, "tests": tests, "choosing": choosing}
+    return replace(_by_length(name, len(groups.group_table(name)), draw, **sizes), late=True)
+
+
+def _by_length(
+    name: str,
+    vocab_size: int,
+    draw: Callable[[int, int, torch.Generator], Batch],
+    *,
+    lengths: list[int],
+    batch: int,
+    tests: int,
+    choosing: bool,
+) -> Task:
+    """A task that is trained on the first length and scored on all."""
+
     def held_out(length: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(_held_out_seed(length, choosing))
-        return [groups.group_words(tests, length, name, generator)]
+        return [draw(tests, length, generator)]
 
     return Task(
-        vocab_size=len(groups.group_table(name)),
-        batches=lambda seed, steps: Batches(
-            lambda generator: groups.group_words(batch, lengths[0], name, generator),
-            steps,
-            seed,
-        ),
+        vocab_size=vocab_size,
+        batches=lambda seed, steps: Batches(partial(draw, batch, lengths[0]), steps, seed),
         tests={f"{name} {length}": held_out(length) for length in lengths},
         trained=(f"{name} {lengths[0]}",),
-        late=True,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatebook.kernels import softmax_attention
-from gatebook.layers.language import Decoder, SwiGLU, rotate
+from gatebook.layers.language import Decoder, RMSNorm, SwiGLU, rotate
 
 Kind = Literal["none", "elementwise", "headwise", "shared", "fixed", "norm", "silu"]
 Form = Literal["sigmoid", "non-sparse", "additive"]
@@ -96,7 +96,7 @@ class Gate(nn.Module):
         elif self.kind == "fixed":
             self.table = nn.Parameter(torch.zeros(n_heads, d_head))
         elif self.kind == "norm":
-            self.norm = nn.RMSNorm(d_head, eps=config.norm_eps)
+            self.norm = RMSNorm(d_head, eps=config.norm_eps)
 
     def scores(self, x: Tensor) -> Tensor:
         """Normed inputs `[B, T, D]` to what Y is multiplied by, or gets added: `[B, T, H, K]`,
@@ -133,8 +133,8 @@ class GatedAttention(nn.Module):
         self.query = nn.Linear(d, h * k, bias=False)
         self.key = nn.Linear(d, g * k, bias=False)
         self.value = nn.Linear(d, g * k, bias=False)
-        self.query_norm = nn.RMSNorm(k, eps=config.norm_eps)
-        self.key_norm = nn.RMSNorm(k, eps=config.norm_eps)
+        self.query_norm = RMSNorm(k, eps=config.norm_eps)
+        self.key_norm = RMSNorm(k, eps=config.norm_eps)
         self.out = nn.Linear(h * k, d, bias=False)  # W_O
         heads = {"G1": (h, k), "G2": (g, k), "G3": (g, k), "G4": (h, k), "G5": (1, d)}
         self.position = None if config.gate == "none" else config.position

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatebook.kernels import gla
-from gatebook.layers.language import Attention, Decoder
+from gatebook.layers.language import Attention, Decoder, RMSNorm
 
 Gate = Literal["none", "fixed", "scalar", "vector"]
 
@@ -109,7 +109,7 @@ class GLA(nn.Module):
         self.value = nn.Linear(d, d_value, bias=False)
         self.log_gate = LogGate(config, d_key // h)
         self.output_gate = nn.Linear(d, d_value, bias=False)  # W_r
-        self.norm = nn.RMSNorm(d_value // h, eps=config.norm_eps)
+        self.norm = RMSNorm(d_value // h, eps=config.norm_eps)
         self.out = nn.Linear(d_value, d, bias=False)  # W_O
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

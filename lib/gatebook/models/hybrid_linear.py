@@ -30,6 +30,7 @@ from gatebook.layers.language import (
     Attention,
     Convolved,
     Decoder,
+    RMSNorm,
     ShortConv,
     llama_width,
     rotate,
@@ -106,7 +107,7 @@ class HGRN(_Bounded):
     def __init__(self, bounds: LowerBounds, layer: int, d_model: int) -> None:
         super().__init__(bounds, layer, d_model)
         self.output_gate = nn.Linear(d_model, d_model, bias=False)  # W_g
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model, eps=1e-5)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`[B, T, D]` to the same; the state is h `[B, D]`."""
@@ -123,7 +124,7 @@ class HGRN2(_Bounded):
         super().__init__(bounds, layer, d_model)
         self.n_heads = n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model, eps=1e-5)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`[B, T, D]` to the same; the state is S `[B, H, K, K]`."""
@@ -147,7 +148,7 @@ class RetNet(nn.Module):
         self.key = nn.Linear(d_model, d_model, bias=False)
         self.value = nn.Linear(d_model, 2 * d_model, bias=False)
         self.output_gate = nn.Linear(d_model, 2 * d_model, bias=False)  # W_g
-        self.norm = nn.RMSNorm(2 * d_model // n_heads, eps=1e-5)
+        self.norm = RMSNorm(2 * d_model // n_heads, eps=1e-5)
         self.out = nn.Linear(2 * d_model, d_model, bias=False)
         heads = torch.arange(n_heads, dtype=torch.float32)
         self.register_buffer("log_gamma", torch.log1p(-(2.0 ** (-5 - heads))), persistent=False)
@@ -179,7 +180,7 @@ class DeltaNet(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(d_model, width, bias=False) for width in widths)
         self.convs = nn.ModuleList(ShortConv(width, 4) for width in widths)
         self.strength = nn.Linear(d_model, n_heads, bias=False)  # W_β
-        self.norm = nn.RMSNorm(d_value, eps=1e-5)
+        self.norm = RMSNorm(d_value, eps=1e-5)
         self.out = nn.Linear(n_heads * d_value, d_model, bias=False)
 
     def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:

@@ -112,9 +112,9 @@ MODELS = {
 
 
 def _half(d_model: int, n_heads: int) -> SparseQueryAttention:
-    """Half of the query heads and a quarter of the key heads, for `gatebook.mixers`."""
-    heads = {"n_heads": n_heads, "n_query_heads": n_heads // 2, "n_kv_heads": n_heads // 4}
-    return SparseQueryAttention(SQAConfig(d_model=d_model, **heads))
+    """Half of the query heads, a quarter of the key heads, at least one; for `gatebook.mixers`."""
+    heads = {"n_query_heads": max(1, n_heads // 2), "n_kv_heads": max(1, n_heads // 4)}
+    return SparseQueryAttention(SQAConfig(d_model=d_model, n_heads=n_heads, **heads))
 
 
 MIXERS = {"sqa": lambda s: [_half(s.d_model, s.n_heads) for _ in range(s.n_layers)]}

@@ -12,16 +12,10 @@ from torch.optim import Optimizer
 
 from gatebook import measure
 from gatebook.training import parallel
-from gatebook.training.jobs import (
-    BUILDERS,
-    Job,
-    Task,
-    build,
-    flops_per_unit,
-    without_storage,
-)
+from gatebook.training.jobs import Job, build, flops_per_unit, without_storage
 from gatebook.training.metrics import peak_tflops
 from gatebook.training.recipe import Recipe, make_optimizer
+from gatebook.training.tasks import BUILDERS, Task
 
 ASSUMED_MFU = 0.3  # fraction of a GPU's peak that a run is taken to reach where none was timed
 ASSUMED_GPU = "H100"  # where no GPU is there and none was named
@@ -200,7 +194,7 @@ def seconds_per_sample(task: Task, job: Job, *, steps: int = 4) -> float:
     model = task.model().to(device).train()
     if job.recompute:
         parallel.recompute(model)
-    if job.compile:
+    if task.compile:
         for block in parallel.blocks(model):
             block.compile()
     optimizer = make_optimizer(model, recipe)

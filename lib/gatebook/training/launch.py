@@ -40,6 +40,7 @@ from gatebook.training import jobs
 from gatebook.training.fit import History
 from gatebook.training.jobs import Job
 from gatebook.training.metrics import Log, Work
+from gatebook.training.tasks import Task
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -200,7 +201,7 @@ def _lines(path: Path) -> Callable[[], Iterator[dict[str, Any]]]:
     return added
 
 
-def _steps_done(task: jobs.Task, folder: Path) -> int:
+def _steps_done(task: Task, folder: Path) -> int:
     """Optimiser steps up to the newest checkpoint."""
     for stage in reversed(range(len(task.recipes))):
         found = sorted((folder / f"stage-{stage}").glob("step-????????"))

@@ -118,6 +118,7 @@ def _offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
     return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
 
 
+@torch.compiler.disable  # the kernels are compiled already
 def fused_gla(
     q: Tensor,
     k: Tensor,
@@ -156,6 +157,7 @@ def fused_gla(
         )
 
 
+@torch.compiler.disable  # the kernels are compiled already
 def fused_bidirectional_gla(
     q: Tensor,
     k: Tensor,
@@ -172,6 +174,7 @@ def fused_bidirectional_gla(
         )
 
 
+@torch.compiler.disable  # the kernels are compiled already
 def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
