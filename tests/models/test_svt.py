@@ -10,17 +10,20 @@ from torch.nn import functional as F
 
 from gatebook import measure
 from gatebook.data.gratings import ANGLES, gratings
-from gatebook.layers.blend import ChannelBlend, LowBlend, RowBlend, TensorBlend
 from gatebook.layers.dtcwt import DTCWT
 from gatebook.layers.spectral import FourierGate, PoolMixer, WaveletGate, haar, inverse_haar
 from gatebook.models import create
 from gatebook.models.svt import (
     MODELS,
     SPECTRAL_MIXERS,
+    ChannelBlend,
     ClassBlock,
+    LowBlend,
     MapAttention,
+    RowBlend,
     ScatterMixer,
     SplitMixer,
+    TensorBlend,
 )
 
 

@@ -1,7 +1,9 @@
 """Branches that join and merge: every form against loops over branches, heads and tokens."""
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -233,6 +235,17 @@ def test_schedule_counts_optimiser_steps(accumulate):
     assert other.coefficient() == 0  # an optimiser of other parameters
     assert branched(ALWAYS).coefficient() == 1
     assert branched(NEVER).coefficient() == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_counts_its_own_steps(copied):
+    model = BranchedViT(BranchedViTConfig(**TINY, branches=3, join=(3, 6)))
+    again = copied(model)
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+    for parameter in again.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (model.step, again.step) == (0, 1)
 
 
 def test_branches_that_never_join_are_not_merged():

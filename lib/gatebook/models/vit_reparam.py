@@ -147,6 +147,11 @@ class BranchedViT(ViT):
         self.register_buffer("step", torch.tensor(0))
         _STEPPING.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled model counts its own steps, too."""
+        super().__setstate__(state)
+        _STEPPING.add(self)
+
     def _block(self, n_tokens: int, drop_path: float) -> BranchedBlock:
         return BranchedBlock(self.config, drop_path)
 
