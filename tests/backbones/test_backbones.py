@@ -265,14 +265,23 @@ def test_figures_name_each_backbone_once_and_no_name_lies_on_another(monkeypatch
     ]
     report.cost_figure(costs, size="1M", device="cpu")
     report.figure(rows, costs, size="1M", pixels=32)
+    assert [len(fig.axes) for fig, _ in shown] == [2, 3]  # both sides; work, CPU and GPU
     for fig, _ in shown:
         fig.draw_without_rendering()
-        assert len(fig.axes) == 2
         for ax in fig.axes:
             assert {t.get_text() for t in ax.texts} == {n.replace("_", " ") for n in ENTRIES}
             boxes = [Text.get_window_extent(t) for t in ax.texts]  # without the lines
             tops = sorted((box.y0, box.y1) for box in boxes)
             assert all(a[1] <= b[0] for a, b in itertools.pairwise(tops))
+
+
+def test_without_times_accuracy_is_shown_against_work_alone(monkeypatch):
+    shown = figures(monkeypatch)
+    costs = [row | {"images_per_second": None} for row in costs_of(("vit", "swin"), ("cuda",))]
+    rows = [{"backbone": n, "size": "1M", "seed": 0, "accuracy": 0.7} for n in ("vit", "swin")]
+    report.figure(rows, costs, size="1M", pixels=32)
+    ((fig, _),) = shown
+    assert [ax.get_xlabel() for ax in fig.axes] == ["MFLOPs of a picture of 32² pixels"]
 
 
 def test_a_figure_says_which_backbones_diverged(monkeypatch):

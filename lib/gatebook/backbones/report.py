@@ -148,7 +148,7 @@ def _speed(costs: list[Row], name: str, size: str, pixels: int, device: str) -> 
     found = [
         row["images_per_second"]
         for row in _of(costs, name)
-        if (row["size"], row["pixels"], row["device"]) == at
+        if (row["size"], row["pixels"], row["device"]) == at and row["images_per_second"]
     ]
     return sum(found) / len(found) if found else None
 
@@ -217,32 +217,39 @@ def cost_figure(costs: list[Row], *, size: str, device: str) -> None:
 
 
 def figure(rows: list[Row], costs: list[Row], *, size: str, pixels: int) -> None:
-    """Accuracy against images a second, a panel for each device: the way up and to the right.
+    """Accuracy against work and, for each device that was timed, against images a second.
 
     Args:
         rows, costs: As for `table`.
         size: Of the backbones.
-        pixels: Side of the pictures that were timed.
+        pixels: Side of the pictures that were counted and timed.
     """
     accuracy = {name: found for name, found in scores(rows, size).items() if not found[3]}
     lost = sorted({row["backbone"] for row in rows if row["size"] == size} - set(accuracy))
-    devices = [device for device in DEVICES if any(row["device"] == device for row in costs)]
-    fig, axes = plt.subplots(len(devices), 1, figsize=(7.2, 3.5 * len(devices)), squeeze=False)
-    for ax, device in zip(axes[:, 0], devices, strict=True):
-        ax.set(xscale="log", ylabel="test accuracy [%]")
-        ax.set(xlabel=f"images of {pixels}² pixels a second, {DEVICES[device]}")
+    work = {
+        row["backbone"]: row["flops"] / 1e6
+        for row in costs
+        if (row["size"], row["pixels"]) == (size, pixels)
+    }
+    panels = {f"MFLOPs of a picture of {pixels}² pixels": work}
+    for device, label in DEVICES.items():
+        speeds = {name: _speed(costs, name, size, pixels, device) for name in accuracy}
+        if all(speeds.values()):
+            panels[f"images of {pixels}² pixels a second, {label}"] = speeds
+    fig, axes = plt.subplots(len(panels), 1, figsize=(7.2, 3.5 * len(panels)), squeeze=False)
+    for ax, (label, found) in zip(axes[:, 0], panels.items(), strict=True):
+        ax.set(xscale="log", xlabel=label, ylabel="test accuracy [%]")
         places = {}
         for name, (mean, half, *_) in accuracy.items():
-            speed = _speed(costs, name, size, pixels, device)
-            places[name] = (speed, 100 * mean)
+            places[name] = (found[name], 100 * mean)
             ax.errorbar(*places[name], yerr=100 * half, color=plotting.color(STYLES[name][0]))
         _panel(ax, places)
         _plain(ax.xaxis)
     plotting.show(
         fig,
-        alt="Test accuracy against throughput, a mark for each backbone with its 95 percent "
-        "interval, a panel for each device.",
-        caption=f"Backbones of about {size} parameters, one recipe: up and to the right is better. "
-        + MARKS
+        alt="Test accuracy against the work for a picture and, where it was timed, against "
+        "throughput, a mark for each backbone with its 95 percent interval.",
+        caption=f"Backbones of about {size} parameters, one recipe. Up is more accurate; less work "
+        f"is to the left, more speed to the right. {MARKS}"
         + (f" Not shown, because runs diverged: {', '.join(lost)}." if lost else ""),
     )
