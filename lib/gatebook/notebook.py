@@ -203,7 +203,7 @@ class Run:
             "settings": self.plan.settings,
             "command": self._command(),
             "commit": provenance.git_commit(self.root),
-            "hash": provenance.chapter_hash(self.root, slug),
+            "hash": provenance.chapter_hash(self.root, slug, self.scale),
             "versions": provenance.versions(),
             "hardware": provenance.hardware(self.device),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

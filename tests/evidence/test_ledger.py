@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from conftest import chapter_fields
-from gatebook.evidence import ledger, schema, verdicts
+from gatebook.evidence import ledger, provenance, schema, verdicts
 
 OBSERVED = {
     "accuracy": {
@@ -35,8 +35,6 @@ def book(tmp_path: Path) -> Path:
 def _body(book: Path, **changes: object) -> dict:
     chapter = schema.load(book / "chapters/toy.yml")
     outcome = verdicts.evaluate(chapter.tests()[0], OBSERVED)
-    from gatebook.evidence import provenance
-
     return {
         "chapter": "toy",
         "scale": "small",
@@ -47,7 +45,7 @@ def _body(book: Path, **changes: object) -> dict:
         "settings": {},
         "command": "papermill chapters/toy.ipynb out.ipynb",
         "commit": "abc1234",
-        "hash": provenance.chapter_hash(book, "toy"),
+        "hash": provenance.chapter_hash(book, "toy", "small"),
         "versions": {"python": "3.11"},
         "hardware": {"cpu": "a CPU", "threads": 1},
         "date": "2026-01-02T03:04:05+00:00",
@@ -79,6 +77,28 @@ def test_a_changed_chapter_makes_evidence_stale(book: Path) -> None:
     notebook = book / "chapters/toy.ipynb"
     notebook.write_text(notebook.read_text().replace("x = 1", "x = 2"))
     assert ledger.read(book, "toy", "small").stale
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        (lambda c: c["scales"]["small"].update(settings={"steps": 2}), ("small",)),
+        (lambda c: c["scales"]["medium"].update(settings={"steps": 2}), ("medium",)),
+        (lambda c: c["claims"][0]["tests"][0].update(margin=0.2), ("small",)),
+        (lambda c: c["claims"][0]["tests"][0].update(scales=["medium"]), ("small", "medium")),
+        (lambda c: c["claims"][0]["tests"][0].update(scales=["small", "full"]), ()),
+        (lambda c: c["claims"][0]["tests"][0].update(rationale="another"), ()),
+    ],
+)
+def test_a_scale_is_stale_when_its_own_settings_or_tests_change(book, change, stale):
+    path = book / "chapters/toy.yml"
+    before = {scale: provenance.chapter_hash(book, "toy", scale) for scale in schema.SCALES[:2]}
+    fields = yaml.safe_load(path.read_text())
+    fields["scales"] = {name: dict(plan) for name, plan in fields["scales"].items()}
+    change(fields)
+    path.write_text(yaml.safe_dump(fields))
+    after = {scale: provenance.chapter_hash(book, "toy", scale) for scale in before}
+    assert tuple(scale for scale in before if before[scale] != after[scale]) == stale
 
 
 def test_comments_and_outputs_do_not_make_evidence_stale(book: Path) -> None:

@@ -162,7 +162,7 @@ def read(root: Path, slug: str, scale: str) -> Evidence | None:
     if not path.exists():
         return None
     data = _verified(path)
-    return Evidence(data, stale=data["hash"] != provenance.chapter_hash(root, slug))
+    return Evidence(data, stale=data["hash"] != provenance.chapter_hash(root, slug, scale))
 
 
 def outcomes(claim: Claim, scale: str, evidence: Evidence | None) -> list[Outcome]:

@@ -50,34 +50,42 @@ def root() -> Path:
     raise FileNotFoundError("no folder `chapters` here: run this inside a checkout of Gatebook")
 
 
-def chapter_hash(root: Path, slug: str) -> str:
-    """Hash of a chapter's code cells, its scales and tests, and every module that it imports.
+def chapter_hash(root: Path, slug: str, scale: str | None = None) -> str:
+    """Hash of a chapter's code cells, its scale and tests, and every module that it imports.
 
     Imports are followed through the source, those inside functions too. Outputs, prose,
     comments, docstrings and blank lines do not count, nor do the `PRESENTATION` modules.
+
+    Args:
+        root: of the checkout.
+        slug: of the chapter.
+        scale: whose settings and tests count; None takes those of all scales.
     """
     cells = code_cells(root / "chapters" / f"{slug}.ipynb")
     digest = hashlib.sha256()
     digest.update(_essence("\n".join(cells)).encode())
-    digest.update(_decisive(root / "chapters" / f"{slug}.yml").encode())
+    digest.update(_decisive(root / "chapters" / f"{slug}.yml", scale).encode())
     for name, path in sorted(imported_modules("\n".join(cells)).items()):
         digest.update(name.encode() + essence_of_file(path).encode())
     return digest.hexdigest()[:16]
 
 
-def _decisive(path: Path) -> str:
+def _decisive(path: Path, scale: str | None) -> str:
     """The parts of a chapter's `.yml` that numbers and verdicts depend on: scales and tests."""
     import yaml  # a benchmark runs without it
 
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    leave = ("rationale", "unit") if scale is None else ("rationale", "unit", "scales")
     tests = [
-        {key: value for key, value in test.items() if key not in ("rationale", "unit")}
+        {key: value for key, value in test.items() if key not in leave}
         for claim in data["claims"]
         for test in claim.get("tests", [])
+        if scale in (None, *test["scales"])
     ]
     scales = {
         name: [plan["dataset"], plan["seeds"], plan["settings"]]
         for name, plan in data["scales"].items()
+        if scale in (None, name)
     }
     return json.dumps([scales, tests], sort_keys=True)
 
